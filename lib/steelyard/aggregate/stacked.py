@@ -1,0 +1,222 @@
+"""What every aggregation rule is made of: the `Aggregator` type, Gram matrices, weighted sums, and two builders.
+
+A *stacked* tree holds K gradients (of tasks, classes, workers or clients): each leaf is `[K, ...]`, and *row* k is
+gradient k. Nearly every rule is `update = sum_k w_k g_k` with weights that depend on the losses and a state, or also on
+the Gram matrix `G[k, l] = <g_k, g_l>` over all leaves. Such a rule is one small function, `from_losses` or `from_gram`
+makes an aggregator of it, and `steelyard.aggregate.value_and_grad` chooses how to run it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+from optax.experimental import aggregating
+
+from steelyard import tree as tree_lib
+
+PyTree = Any
+LossRule = Callable[[Float[Array, "K"], PyTree], tuple[Float[Array, "K"], PyTree]]
+GramRule = Callable[[Float[Array, "K K"], Float[Array, "K"] | None, PyTree], tuple[Float[Array, "K"], PyTree]]
+
+
+class Aggregator(aggregating.Aggregator):
+    """An optax aggregator that may say how its weights come about.
+
+    It is a gradient transformation whose `update(stacked, state, params=None, *, losses=None, **extra_args)` takes
+    leaves `[K, ...]` and returns leaves without that axis, so that `optax.chain(aggregator, optimizer)` is a multi-task
+    optimizer. `optax.chain` returns a transformation without the two attributes below: take them before chaining.
+
+    Attributes:
+      init: `params -> state`, where `params` has no K axis.
+      update: as above.
+      weights: `(losses, state) -> (weights, state)`, set for rules that need no gradients; else `None`.
+      gram_weights: `(gram, losses, state) -> (weights, state)`, set for rules that need the Gram matrix alone of the
+        gradients; else `None`.
+    """
+
+    weights: LossRule | None = None
+    gram_weights: GramRule | None = None
+
+    def __new__(cls, init, update, *, weights=None, gram_weights=None):
+        self = super().__new__(cls, init, update)
+        self.weights = weights
+        self.gram_weights = gram_weights
+        return self
+
+
+def count_rows(stacked: PyTree) -> int:
+    """The K that all leaves of a stacked tree share.
+
+    Raises:
+      ValueError: two leaves disagree, a leaf is a scalar, or there is no leaf.
+    """
+    leaves = tree_lib.flatten(stacked)
+    if not leaves:
+        raise ValueError("stacked has no array leaves, so the number of gradients is not known")
+    (first_path, first), *_ = leaves
+    for path, leaf in leaves:
+        if jnp.ndim(leaf) == 0 or jnp.ndim(first) == 0 or leaf.shape[0] != first.shape[0]:
+            raise ValueError(
+                "stacked leaves must share their leading axis K: "
+                f"{first_path!r} has shape {jnp.shape(first)}, {path!r} has shape {jnp.shape(leaf)}"
+            )
+    return first.shape[0]
+
+
+def gram(
+    stacked: PyTree, *, center: bool = False, mesh: jax.sharding.Mesh | None = None, specs: PyTree = None
+) -> Float[Array, "K K"]:
+    """Inner products of all pairs of rows, over all leaves: `G[k, l] = <g_k, g_l>`.
+
+    Always float32, at the highest matrix-product precision. Norms outside 1e-19 to 1e19 leave the range of their
+    squares. Under plain jit the compiler adds one all-reduce per sharded leaf; `mesh` and `specs` give exactly one.
+
+    Args:
+      stacked: leaves `[K, ...]`; `None` and masked leaves are skipped, a bare array is a tree.
+      center: subtract the mean over K first. Rules that depend on differences alone need this: distances from a Gram
+        matrix that is not centred lose all digits when the rows nearly agree.
+      mesh: the mesh of the leaves, given together with `specs`.
+      specs: a tree of `PartitionSpec` like `stacked`; the first entry of each is `None` (K is not sharded).
+
+    Raises:
+      ValueError: leaves with unequal K, `mesh` without `specs` or the reverse, or a spec that shards K.
+    """
+    count_rows(stacked)
+    if (mesh is None) != (specs is None):
+        raise ValueError(f"mesh and specs must be given together; mesh={mesh}, specs={specs}")
+    if mesh is None:
+        return sum(_leaf_gram(leaf, center) for leaf in jax.tree.leaves(stacked))
+    return _sharded_gram(stacked, center, mesh, specs)
+
+
+def _leaf_gram(leaf: Float[Array, "K ..."], center: bool) -> Float[Array, "K K"]:
+    """The part of one leaf, contracted without a reshape: that would gather a sharded leaf."""
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    if center:
+        leaf = leaf.astype(wide)
+        leaf = leaf - leaf.mean(axis=0)
+    axes = tuple(range(1, leaf.ndim))
+    product = jax.lax.dot_general(
+        leaf, leaf, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide
+    )
+    return product.astype(jnp.float32)
+
+
+def _sharded_gram(stacked: PyTree, center: bool, mesh: jax.sharding.Mesh, specs: PyTree) -> Float[Array, "K K"]:
+    leaves = jax.tree.leaves(stacked)
+    specs = jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, jax.sharding.PartitionSpec))
+    _check_specs(leaves, specs)
+    used = [_mesh_axes(spec) for spec in specs]
+    summed = tuple(axis for axis in mesh.axis_names if any(axis in axes for axes in used))
+
+    def local(leaves):
+        total = jnp.zeros((), jnp.float32)
+        for leaf, axes in zip(leaves, used, strict=True):
+            # The sum over the mesh counts a leaf once per device that holds the same part of it.
+            copies = math.prod(mesh.shape[axis] for axis in summed if axis not in axes)
+            total = total + _leaf_gram(leaf, center) / copies
+        return jax.lax.psum(total, summed) if summed else total
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=jax.sharding.PartitionSpec())(leaves)
+
+
+def _check_specs(leaves: list[Array], specs: list[jax.sharding.PartitionSpec]) -> None:
+    if len(specs) != len(leaves):
+        raise ValueError(f"specs must be a tree like stacked: it has {len(specs)} specs for {len(leaves)} leaves")
+    for spec in specs:
+        if len(spec) > 0 and spec[0] is not None:
+            raise ValueError(f"specs must not shard the leading axis K: the first entry of {spec} must be None")
+
+
+def _mesh_axes(spec: jax.sharding.PartitionSpec) -> set[str]:
+    entries = [(entry,) if isinstance(entry, str) else entry for entry in spec if entry is not None]
+    return {axis for entry in entries for axis in entry}
+
+
+def combine(weights: Float[Array, "K"], stacked: PyTree) -> PyTree:
+    """The weighted sum of the rows, `sum_k weights_k g_k`.
+
+    Accumulated in float32 (float64 for such leaves) and cast back to each leaf's dtype; needs no communication. A row
+    that is not finite stays visible even if its weight is 0: a rule that leaves rows out must set them to zero first.
+
+    Args:
+      weights: one number per row.
+      stacked: leaves `[K, ...]`; `None` leaves stay `None`.
+
+    Returns:
+      A tree like `stacked`, without the axis K.
+
+    Raises:
+      ValueError: `weights` and the leaves disagree on K.
+    """
+    rows = count_rows(stacked)
+    if jnp.shape(weights) != (rows,):
+        raise ValueError(f"weights have shape {jnp.shape(weights)} but there are {rows} gradients: expected ({rows},)")
+    weights = jax.lax.stop_gradient(jnp.asarray(weights))
+
+    def weighted_sum(leaf):
+        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        total = jnp.tensordot(weights.astype(wide), leaf.astype(wide), axes=1, precision=jax.lax.Precision.HIGHEST)
+        return total.astype(leaf.dtype)
+
+    return jax.tree.map(weighted_sum, stacked)
+
+
+def from_gram(rule: GramRule, init: Callable[[], PyTree] | None = None, *, center: bool = False) -> Aggregator:
+    """An aggregator from a rule on the Gram matrix.
+
+    Args:
+      rule: `(gram, losses, state) -> (weights, state)`; `losses` is `None` if the caller has none.
+      init: `() -> state`; an empty state if not given.
+      center: give the rule the Gram matrix of the rows minus their mean. Then `gram_weights` is not set, because
+        centring needs all rows at once.
+    """
+    rule = _constant_weights(rule)
+
+    def update(stacked, state, params=None, *, losses=None, **extra_args):
+        del params, extra_args
+        weights, state = rule(gram(stacked, center=center), losses, state)
+        return combine(weights, stacked), state
+
+    return Aggregator(_init_fn(init), update, gram_weights=None if center else rule)
+
+
+def from_losses(rule: LossRule, init: Callable[[], PyTree] | None = None) -> Aggregator:
+    """An aggregator from a rule on the losses.
+
+    Args:
+      rule: `(losses, state) -> (weights, state)`. In error texts it goes by the name of the function that made it.
+      init: `() -> state`; an empty state if not given.
+    """
+    name = getattr(rule, "__qualname__", repr(rule)).split(".")[0]
+    rule = _constant_weights(rule)
+
+    def update(stacked, state, params=None, *, losses=None, **extra_args):
+        del params, extra_args
+        if losses is None:
+            raise ValueError(f"{name} needs the losses: update(stacked, state, losses=...) with one loss per gradient")
+        weights, state = rule(losses, state)
+        return combine(weights, stacked), state
+
+    return Aggregator(_init_fn(init), update, weights=rule)
+
+
+def _init_fn(init: Callable[[], PyTree] | None) -> Callable[[PyTree], PyTree]:
+    def init_fn(params):
+        del params
+        return optax.EmptyState() if init is None else init()
+
+    return init_fn
+
+
+def _constant_weights(rule: Callable[..., tuple[Array, PyTree]]) -> Callable[..., tuple[Array, PyTree]]:
+    """The rule with stop-gradient on what goes in: nothing differentiates through how gradients are weighed."""
+
+    def stopped(*inputs):
+        return rule(*jax.lax.stop_gradient(inputs))
+
+    return stopped
