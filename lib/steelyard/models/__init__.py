@@ -1,0 +1,29 @@
+"""Flax modules that the experiments train; their weights may be stored in any format of `steelyard.formats`."""
+
+from steelyard.models.attention import SelfAttention, rotary
+from steelyard.models.layers import Conv, Dense, Embed, weight
+from steelyard.models.mlp import MLP
+from steelyard.models.norms import RMSNorm, rms_norm
+from steelyard.models.resnet import ResNet
+from steelyard.models.summary import table
+from steelyard.models.transformer import SwiGLU, Transformer
+from steelyard.models.vit import ViT, patchify, unpatchify
+
+__all__ = [
+    "MLP",
+    "Conv",
+    "Dense",
+    "Embed",
+    "RMSNorm",
+    "ResNet",
+    "SelfAttention",
+    "SwiGLU",
+    "Transformer",
+    "ViT",
+    "patchify",
+    "rms_norm",
+    "rotary",
+    "table",
+    "unpatchify",
+    "weight",
+]
