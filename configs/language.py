@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             "name": "warmup_cosine_decay_schedule",
             "init_value": 0.0,
             "peak_value": 3e-3,
-            "warmup_steps": 50,
+            "warmup_steps": config.get_ref("steps") // 12,
             "decay_steps": config.get_ref("steps"),
         },
         "weight_decay": 0.01,

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             "name": "warmup_cosine_decay_schedule",
             "init_value": 0.0,
             "peak_value": 2e-3,
-            "warmup_steps": 50,
+            "warmup_steps": config.get_ref("steps") // 16,
             "decay_steps": config.get_ref("steps"),
         },
         "weight_decay": 0.01,

@@ -135,7 +135,18 @@ def _load(settings: Mapping[str, Any], split: str):
     return data.load(spec.pop("name"), split=splits[split], **spec)
 
 
-def program(experiment: Experiment, *, dense: bool = False) -> Program:
+def programs(experiment: Experiment) -> dict[str, Program]:
+    """The variants to train, in order: dense weights as the baseline, then compressed ones if the config has such.
+
+    Shapes are inferred here, so that what does not fit fails before anything is trained.
+    """
+    variants = ["compressed"] if experiment.links else ["dense"]
+    if experiment.links and experiment.settings["baseline"]:
+        variants.insert(0, "dense")
+    return {variant: program(experiment, dense=variant == "dense") for variant in variants}
+
+
+def program(experiment: Experiment, *, dense: bool) -> Program:
     """Shards and jits one variant: with `dense`, without the reparameterizations."""
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     link = reparam.chain(*experiment.links) if experiment.links and not dense else reparam.identity()

@@ -87,9 +87,9 @@ def classify_and_reconstruct(
 ) -> Task:
     """Two tasks on one forward pass: the class of an image with holes, and what was in the holes.
 
-    In training, square patches are set to the mean at random; the model classifies what is left (`class`, cross entropy)
-    and predicts the pixels that it did not see (`reconstruction`, mean squared error over the masked pixels). In
-    evaluation images are whole, and the reconstruction error is over all pixels.
+    In training, square patches are hidden at random (set to `mean`); the model classifies what is left (`class`, cross
+    entropy) and predicts the pixels that it did not see (`reconstruction`, mean squared error over the hidden pixels).
+    In evaluation images are whole, and the reconstruction error is over all pixels.
 
     Args:
       model: gives a mapping with `logits` [B, classes] and `reconstruction` like the image.

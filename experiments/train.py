@@ -40,8 +40,9 @@ def main(argv: Sequence[str]) -> None:
     try:
         config, workdir = _config_and_workdir()
         experiment = experiment_lib.build(config)
+        programs = experiment_lib.programs(experiment)
         claim_workdir(workdir, experiment.settings)
-        run(experiment, workdir)
+        run(experiment, programs, workdir)
     except loop.Preempted as preempted:
         loop.log(str(preempted))
         sys.exit(loop.PREEMPTED)
@@ -49,19 +50,17 @@ def main(argv: Sequence[str]) -> None:
         _refuse(str(error))
 
 
-def run(experiment: experiment_lib.Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+def run(
+    experiment: experiment_lib.Experiment, programs: Mapping[str, experiment_lib.Program], workdir: pathlib.Path
+) -> dict[str, Any]:
     """Trains the variants, packs the last, writes `summary.json` and `report.html`; returns the summary."""
     meta = {"config": components.plain(experiment.settings), "fingerprint": experiment.fingerprint}
-    variants = ["compressed"] if experiment.links else ["dense"]
-    if experiment.links and experiment.settings["baseline"]:
-        variants.insert(0, "dense")
-    loop.log(f"{workdir}: {' and '.join(variants)} on {loop.devices(experiment.mesh)}")
+    loop.log(f"{workdir}: {' and '.join(programs)} on {loop.devices(experiment.mesh)}")
 
     # ---- train ----
     trained = {}
     with checkpoint.Preemption() as preemption:
-        for variant in variants:
-            program = experiment_lib.program(experiment, dense=variant == "dense")
+        for variant, program in programs.items():
             state = loop.fit(experiment, program, workdir / variant, label=variant, meta=meta, preemption=preemption)
             trained[variant] = (program, state)
 
@@ -115,6 +114,10 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def parse(argv: Sequence[str]) -> list[str]:
     """`absl`'s parser, whose complaints about flags and configs are one line and exit code 2."""
+    for argument in argv:
+        path = pathlib.Path(argument.partition("--config=")[2].partition(":")[0])
+        if argument.startswith("--config=") and not path.is_file():
+            _refuse(f"--config={path} is not a file; {_known_configs()}")
     try:
         return flags.FLAGS(list(argv))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -123,10 +126,13 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 def _config_and_workdir() -> tuple[Any, pathlib.Path]:
     if _CONFIG.value is None:
-        known = ", ".join(sorted(str(path) for path in pathlib.Path("configs").glob("[a-z]*.py")))
-        raise ValueError(f"--config is missing; configs here: {known}")
+        raise ValueError(f"--config is missing; {_known_configs()}")
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     return _CONFIG.value, pathlib.Path(_WORKDIR.value or f"runs/{name}")
+
+
+def _known_configs() -> str:
+    return "configs here: " + ", ".join(sorted(str(path) for path in pathlib.Path("configs").glob("[a-z]*.py")))
 
 
 def _versions() -> dict[str, str]:

@@ -48,6 +48,7 @@ def _measure(seed: int) -> tuple[float, ...]:
     config.seed = seed
     config.eval_every = 0
     with tempfile.TemporaryDirectory() as folder:
-        summary = train.run(experiment_lib.build(config), pathlib.Path(folder))
+        experiment = experiment_lib.build(config)
+        summary = train.run(experiment, experiment_lib.programs(experiment), pathlib.Path(folder))
     keys = ("dense_accuracy", "compressed_accuracy", "packed_accuracy", "packed_agreement", "train_seconds")
     return tuple(summary[key] for key in keys)
