@@ -20,7 +20,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each set of extras, so that the second command installs only what the first did not.
-$(VENV)/installed-%: setup.cfg pyproject.toml | $(BIN)/python
+$(VENV)/installed-%: setup.cfg setup.py pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
