@@ -58,7 +58,9 @@ def fit(
     with checkpoints:
         state = _restore_or_init(program, checkpoints, meta, label)
         start = int(state.step)
-        writer = metrics_lib.Writer(folder, start_step=start)
+        # Metrics are the same in every process; only those of the first are read.
+        process = jax.process_index()
+        writer = metrics_lib.Writer(folder / f"process_{process}" if process else folder, start_step=start)
         stream = data.batches(
             experiment.train_data,
             batch=settings["batch"],
@@ -78,20 +80,34 @@ def fit(
                 jax.block_until_ready(state)
             recorder.record(step, values)
             done = step + 1
-            if settings["eval_every"] and done % settings["eval_every"] == 0 and done < steps:
+            if done == steps:
+                continue  # the stream ends here, and what follows the loop evaluates and saves
+            if settings["eval_every"] and done % settings["eval_every"] == 0:
                 recorder.evaluated(step, evaluate(experiment, program, state))
-            if preemption.requested or (settings["checkpoint_every"] and done % settings["checkpoint_every"] == 0):
+            due = settings["checkpoint_every"] and done % settings["checkpoint_every"] == 0
+            if due or preemption.requested:
                 recorder.flush()
-                checkpoints.save(done, state, meta=meta, force=preemption.requested)
+                _save(checkpoints, done, state, meta, must=preemption.requested)
             if preemption.requested:
-                checkpoints.wait()
                 raise Preempted(f"{label}: stopped at step {done} of {steps}; the same command goes on from here")
         if start < steps:
             recorder.evaluated(steps - 1, evaluate(experiment, program, state))
             recorder.flush()
-            checkpoints.save(steps, state, meta=meta, force=True)
+            _save(checkpoints, steps, state, meta, must=True)
         writer.close()
     return state
+
+
+def _save(checkpoints: checkpoint.Checkpoints, step: int, state, meta: dict[str, Any], *, must: bool) -> None:
+    """Saves in the background; with `must`, waits. Otherwise a disk that is full does not end the run."""
+    try:
+        checkpoints.save(step, state, meta=meta, force=must)
+        if must:
+            checkpoints.wait()
+    except OSError as error:
+        if must:
+            raise
+        log(f"no checkpoint of step {step}: {error}")
 
 
 def _restore_or_init(program, checkpoints, meta, label) -> train.TrainState:

@@ -34,7 +34,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, runs, and turns what the user can mend into one line and an exit code."""
-    logging.set_verbosity(logging.WARNING)  # the checkpoint library narrates every file at the level of `app.run`
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # the checkpoint library narrates every file at the level of `app.run`
     if len(argv) > 1:
         _refuse(f"unexpected arguments {' '.join(argv[1:])}; flags look like --config.steps=100")
     try:
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
         loop.log(str(preempted))
         sys.exit(loop.PREEMPTED)
     except (ValueError, OSError) as error:
+        logging.debug("where it was raised (--verbosity=1 shows this)", exc_info=True)
         _refuse(str(error))
 
 
