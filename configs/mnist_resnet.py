@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/mnist_resnet.py --config.dataset.data_dir=PATH_OF_TFDS_DATA
 
-Expect about 97.5 % accuracy on the 2,000 test images (a split of the MNIST test set, so not an MNIST result), dense and
-packed alike, after about two minutes on 2 CPU cores.
+Expect about 98.3 % accuracy on the 2,000 test images (a split of the MNIST test set, so not an MNIST result), dense and
+packed alike, after two minutes of training on 2 CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -34,7 +34,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, runs, and turns what the user can mend into one line and an exit code."""
-    if flags.FLAGS["verbosity"].using_default_value:
+    if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the checkpoint library narrates every file at the level of `app.run`
     if len(argv) > 1:
         _refuse(f"unexpected arguments {' '.join(argv[1:])}; flags look like --config.steps=100")

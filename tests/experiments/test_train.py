@@ -97,6 +97,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert record["config"]["model"]["width"] == 16
     assert record["versions"]["jax"] == jax.__version__
     assert "\x1b" not in result.stderr  # plain lines where there is no terminal
+    assert "checkpoint_manager" not in result.stderr  # and ours alone
     assert "compressed, packed" in result.stderr
 
 
