@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=configs/language.py
 
-Expect about 2.3 bits per byte, dense and packed alike, after about four minutes on 2 CPU cores.
+Expect 2.13 bits per byte dense and 2.16 packed, in 3.9 times fewer bytes, after eight minutes of training on 2 CPU
+cores (`--config.steps=150` is over in two).
 """
 
 from ml_collections import ConfigDict
