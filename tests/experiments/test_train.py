@@ -209,7 +209,7 @@ def changed(**values):
         ({"batch": 12}, "batch=12 is not a positive multiple of 8"),  # tests run on eight devices
         ({"mesh__data": 3}, "multiply to 3"),
         ({"sharding": "fsdpp"}, "did you mean 'fsdp'"),
-        ({"mode": "leen"}, "nearest: lean"),
+        ({"mode": "leen"}, "did you mean 'lean'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

@@ -484,7 +484,7 @@ def test_sharded_over_a_mesh_the_step_is_the_same():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "stackd"}, "nearest: stacked"),
+        ({"mode": "stackd"}, "did you mean 'stacked'"),
         ({"mode": "stacked"}, "needs an aggregator"),
         ({"microbatches": 0}, "microbatches=0"),
         ({"mode": "lean", "aggregator": aggregate.mean(), "value_and_grad": lambda fn: fn}, "lean"),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from steelyard import tree as tree_lib
+from steelyard import choices
 from steelyard.aggregate import stacked as stacked_lib
 
 PyTree = Any
@@ -112,7 +112,7 @@ def value_and_grad(
 
 
 def _choose_mode(mode: str, aggregator: optax.GradientTransformationExtraArgs) -> str:
-    _check_option("mode", mode, _MODES)
+    choices.require("mode", mode, _MODES)
     has = {
         "weights": getattr(aggregator, "weights", None) is not None,
         "stacked": True,
@@ -199,7 +199,7 @@ def value_and_grad_at(
       ValueError: `head_weights` is unknown, or is "weights" for a rule without weights; while tracing, the losses are
         not a vector.
     """
-    _check_option("head_weights", head_weights, _HEAD_WEIGHTS)
+    choices.require("head_weights", head_weights, _HEAD_WEIGHTS)
     if head_weights == "weights" and not _has_weights(aggregator):
         raise ValueError('head_weights="weights" needs a rule with gram_weights or weights; use "ones" with this one')
 
@@ -252,10 +252,3 @@ def _check_losses(losses: Float[Array, "K"]) -> None:
     if not hasattr(losses, "shape") or len(losses.shape) != 1:
         found = jax.tree.map(lambda x: x.shape, losses)
         raise ValueError(f"losses must be one array of shape [K], one entry per task, got {found}")
-
-
-def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        near = tree_lib.nearest(str(value), allowed, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r} is not one of {allowed}{hint}")

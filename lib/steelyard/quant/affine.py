@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
-from steelyard import tree
+from steelyard import choices
 from steelyard_kernels import quant_matmul
 
 
@@ -79,17 +79,8 @@ def get_format(format: str) -> Format:
     Raises:
       ValueError: there is none; the text names the nearest one.
     """
-    require("format", format, FORMATS)
+    choices.require("format", format, FORMATS)
     return FORMATS[format]
-
-
-def require(name: str, value: str, allowed) -> None:
-    """Raises a ValueError, with the nearest right spelling, unless `value` is one of `allowed`."""
-    if value in allowed:
-        return
-    near = tree.nearest(str(value), allowed, count=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}{hint}")
 
 
 @functools.partial(jax.jit, static_argnames=("format", "rounding"))
@@ -186,7 +177,7 @@ def fake_quantize(
     Raises:
       ValueError: an unknown format or gradient, or a zero point on a grid that has none.
     """
-    require("gradient", gradient, ("clipped", "identity"))
+    choices.require("gradient", gradient, ("clipped", "identity"))
     return _straight_through(format, gradient, jnp.asarray(x), scale, zero_point)
 
 
@@ -239,7 +230,7 @@ def _check_zero_point(grid: Format, zero_point) -> None:
 
 def _check_rounding(grid: Format, zero_point, rounding: str, rng) -> None:
     _check_zero_point(grid, zero_point)
-    require("rounding", rounding, ("nearest", "stochastic"))
+    choices.require("rounding", rounding, ("nearest", "stochastic"))
     if rounding == "stochastic" and grid.kind != "integer":
         raise ValueError(f"rounding='stochastic' needs an integer format, not {grid.name!r}")
     if rounding == "stochastic" and rng is None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
+from steelyard import choices
 from steelyard.quant import affine
 from steelyard_kernels import quant_matmul
 
@@ -221,12 +222,12 @@ _TWO_SIDED = ("range", "percentile")
 
 
 def _check(grid, symmetric, method, bound, options) -> None:
-    affine.require("method", method, _OPTIONS)
-    affine.require("bound", bound, _BOUNDS)
+    choices.require("method", method, _OPTIONS)
+    choices.require("bound", bound, _BOUNDS)
     for option in options:
         if not _OPTIONS[method]:
             raise ValueError(f"method={method!r} has no options, but {option}= was given")
-        affine.require(f"option of method={method!r}", option, _OPTIONS[method])
+        choices.require(f"option of method={method!r}", option, _OPTIONS[method])
     if method == "rms" and "factor" not in options:
         raise ValueError("method='rms' needs factor=: the half-range in units of the root mean square")
     if method == "mse" and options.get("steps", 1) < 1:

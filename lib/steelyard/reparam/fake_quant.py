@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from steelyard import formats, quant
+from steelyard import choices, formats, quant
 from steelyard import tree as tree_lib
-from steelyard.reparam import base, masking
+from steelyard.reparam import base
 from steelyard_kernels import quant_matmul
 
 PyTree = Any
@@ -243,9 +243,9 @@ def _grid(bits: int, signed: bool) -> tuple[int, int]:
 
 
 def _check_arguments(method: str, bound: str, gradient: str, names: Sequence[str]) -> None:
-    masking.check_name("method", method, METHODS)
-    masking.check_name("bound", bound, ("max", "edge"))
-    masking.check_name("gradient", gradient, ("identity", "clipped"))
+    choices.require("method", method, METHODS)
+    choices.require("bound", bound, ("max", "edge"))
+    choices.require("gradient", gradient, ("identity", "clipped"))
     for name in names:
         if quant.get_format(name).kind != "integer" and method == "lsq":
             raise ValueError(f"format={name!r}: method='lsq' needs an integer format")

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from steelyard import choices
 from steelyard import tree as tree_lib
 from steelyard.reparam import base, masking
 from steelyard.sparsity import masks as masks_lib
@@ -30,7 +31,7 @@ def masked(
       ValueError: `backward` is unknown; at `init`, the masks have another structure or shape than the parameters; at
         `finish`, a masked leaf is already a weight node.
     """
-    masking.check_name("backward", backward, masking.BACKWARDS)
+    choices.require("backward", backward, masking.BACKWARDS)
     is_chain = backward == "chain"
 
     def init(params, rng):

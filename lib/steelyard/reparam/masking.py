@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from steelyard import formats
-from steelyard import tree as tree_lib
+from steelyard import choices, formats
 from steelyard.sparsity import masks as masks_lib
 
 PyTree = Any
@@ -83,7 +82,7 @@ def soft_masked(
       ValueError: the shapes differ, or `backward` is unknown.
     """
     _check_shapes(w, mask)
-    check_name("backward", backward, BACKWARDS)
+    choices.require("backward", backward, BACKWARDS)
     return faded(w, mask, flow, flow if backward == "chain" else 1.0)
 
 
@@ -147,9 +146,3 @@ def check_array(path, w):
             f"{path} is already stored as {type(w).__name__}: a mask is applied to arrays. Put it before the link "
             f"that makes weight nodes."
         )
-
-
-def check_name(name, value, allowed):
-    if value not in allowed:
-        near = tree_lib.nearest(str(value), allowed, count=1) or list(allowed)
-        raise ValueError(f"{name}={value!r} is not one of {allowed}; did you mean {near[0]!r}?")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from steelyard import formats
+from steelyard import choices, formats
 from steelyard import tree as tree_lib
 from steelyard.reparam import base, masking
 from steelyard.sparsity import masks as masks_lib
@@ -90,8 +90,8 @@ def nm_sparse(
       ValueError: an argument is out of range, or misspelt; at `init`, `where` matches no parameter; at `finish`, a
         selected leaf is already a weight node.
     """
-    masking.check_name("recipe", recipe, RECIPES)
-    masking.check_name("backward", backward, masking.BACKWARDS)
+    choices.require("recipe", recipe, RECIPES)
+    choices.require("backward", backward, masking.BACKWARDS)
     _check_pattern(n, m, refresh_every)
     _check_steps(recipe, dense_steps, fine_tune_steps, total_steps)
     frame_list = _frames(recipe, n, m, total_steps, dense_steps, fine_tune_steps, frames)

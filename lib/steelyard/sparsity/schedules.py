@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from steelyard import tree as tree_lib
+from steelyard import choices
 from steelyard.sparsity import masks
 
 Step = int | Int[Array, ""]
@@ -114,10 +114,7 @@ def structure_frames(
     >>> [tuple(frame) for frame in structure_frames(1, 8, kind="stepwise", total_steps=100)]
     [(0, 7, 8), (25, 4, 8), (50, 2, 8), (75, 1, 8)]
     """
-    if kind not in FRAME_KINDS:
-        raise ValueError(
-            f"kind={kind!r} is not one of {FRAME_KINDS}; did you mean {tree_lib.nearest(kind, FRAME_KINDS)}?"
-        )
+    choices.require("kind", kind, FRAME_KINDS)
     masks.check_nm(n, m)
     if n < 1:
         raise ValueError(f"n={n}: a sequence of patterns needs at least one kept entry in a group")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
-from steelyard import tree
+from steelyard import choices, tree
 
 Axes = None | str | tuple[str, ...]
 Entries = tuple[Axes | EllipsisType, ...]
@@ -257,8 +257,5 @@ def preset(name: str) -> RuleSet:
     >>> preset("fsdp").fill
     'fsdp'
     """
-    if name in PRESETS:
-        return PRESETS[name]
-    near = tree.nearest(name, PRESETS)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"preset {name!r} is none of {', '.join(map(repr, PRESETS))}{hint}")
+    choices.require("preset", name, PRESETS)
+    return PRESETS[name]

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from steelyard import aggregate, optim
+from steelyard import aggregate, choices, optim
 from steelyard import reparam as reparam_lib
-from steelyard import tree as tree_lib
 from steelyard.train import objective as objective_lib
 from steelyard.train.state import TrainState
 
@@ -132,9 +131,7 @@ def make_step(
 
 
 def _check(mode, aggregator, microbatches, losses, loss_scale, value_and_grad) -> None:
-    if mode not in MODES:
-        near = tree_lib.nearest(mode, MODES)
-        raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}" + (f"; nearest: {near[0]}" if near else ""))
+    choices.require("mode", mode, MODES)
     if aggregator is None and mode != "auto":
         raise ValueError(f"mode={mode!r} needs an aggregator: without one the losses are summed")
     if microbatches < 1:
