@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import pytest
 
 from steelyard import choices
@@ -22,3 +23,26 @@ def test_an_allowed_value_passes():
 def test_another_is_named_with_what_is_allowed(value, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         choices.require("mode", value, ("lean", "stacked"))
+
+
+@pytest.mark.parametrize(("value", "interval"), [(0, "[0, 1)"), (0.5, "(0, 1)"), (1, "[0, 1]"), (1e30, "(0, inf)")])
+def test_a_number_inside_passes(value, interval):
+    choices.require_within("rate", value, interval)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval"),
+    [(1, "[0, 1)"), (0, "(0, 1)"), (-1e-9, "[0, inf)"), (float("nan"), "[0, 1]"), (float("inf"), "[0, inf)")],
+)
+def test_a_number_outside_is_named_with_the_interval(value, interval):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'rate={value} must lie in {interval}')}$"):
+        choices.require_within("rate", value, interval)
+
+
+def test_a_schedule_where_a_number_must_stand_is_told_what_to_do():
+    with pytest.raises(ValueError, match=r"rate is a function.*optax\.inject_hyperparams"):
+        choices.require_within("rate", lambda step: 0.1, "[0, 1]")
+
+
+def test_a_traced_number_passes():
+    jax.jit(lambda rate: choices.require_within("rate", rate, "[0, 1]"))(2.0)

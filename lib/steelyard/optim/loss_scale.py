@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from steelyard import choices, precision
+
 PyTree = Any
 
 
@@ -114,9 +116,7 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 
 def _unscale(grad, scale):
-    if not _is_inexact(grad):
-        return grad
-    return grad.astype(jnp.promote_types(grad.dtype, jnp.float32)) / scale
+    return precision.wide(grad) / scale if _is_inexact(grad) else grad
 
 
 def _is_inexact(leaf) -> bool:
@@ -128,12 +128,9 @@ def _is_loss_scale(x) -> bool:
 
 
 def _check(initial_scale, growth_interval, growth_factor, backoff_factor, min_scale, max_scale) -> None:
-    if not growth_interval >= 1:
-        raise ValueError(f"growth_interval={growth_interval} must be at least 1")
-    if not growth_factor > 1:
-        raise ValueError(f"growth_factor={growth_factor} must be more than 1")
-    if not 0 < backoff_factor < 1:
-        raise ValueError(f"backoff_factor={backoff_factor} must be between 0 and 1, both excluded")
+    choices.require_within("growth_interval", growth_interval, "[1, inf)")
+    choices.require_within("growth_factor", growth_factor, "(1, inf)")
+    choices.require_within("backoff_factor", backoff_factor, "(0, 1)")
     if not 0 < min_scale <= initial_scale <= max_scale:
         raise ValueError(
             f"min_scale={min_scale}, initial_scale={initial_scale}, max_scale={max_scale} "

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from steelyard import choices, precision
+
 PyTree = Any
 
 
@@ -50,9 +52,8 @@ def sam_value_and_grad(
 
     Source: Sharpness-Aware Minimization (2021, Foret et al.), equation 2 and algorithm 1.
     """
-    for name, number in dict(rho=rho, eps=eps).items():
-        if not isinstance(number, jax.core.Tracer) and not number >= 0:
-            raise ValueError(f"{name}={number} must be at least 0")
+    choices.require_within("rho", rho, "[0, inf)")
+    choices.require_within("eps", eps, "[0, inf)")
 
     def fn(params, *args, **kwargs):
         value, grads = value_and_grad_fn(params, *args, **kwargs)
@@ -64,7 +65,7 @@ def sam_value_and_grad(
 
 
 def _ascend(params: PyTree, grads: PyTree, rho, adaptive: bool, eps) -> PyTree:
-    wide_params, wide_grads = jax.tree.map(_wide, params), jax.tree.map(_wide, grads)
+    wide_params, wide_grads = jax.tree.map(precision.wide, params), jax.tree.map(precision.wide, grads)
     if adaptive:
         direction = jax.tree.map(lambda p, g: jnp.abs(p) * g, wide_params, wide_grads)
         step = jax.tree.map(lambda p, d: jnp.abs(p) * d, wide_params, direction)
@@ -72,7 +73,3 @@ def _ascend(params: PyTree, grads: PyTree, rho, adaptive: bool, eps) -> PyTree:
         direction = step = wide_grads
     scale = rho / (optax.tree.norm(direction) + eps)
     return jax.tree.map(lambda p, w, s: (w + scale * s).astype(p.dtype), params, wide_params, step)
-
-
-def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

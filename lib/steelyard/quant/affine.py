@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
-from steelyard import choices
+from steelyard import choices, precision
 from steelyard_kernels import quant_matmul
 
 
@@ -210,7 +210,7 @@ def _round_ste_jvp(primals, tangents):
 
 def _scaled(x, scale, zero_point):
     """x in units of the grid's step: x / scale + zero_point."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = precision.wide(x)
     scaled = quant_matmul.divide(x, quant_matmul.expand(jnp.asarray(scale, x.dtype), x.shape))
     if zero_point is None:
         return scaled

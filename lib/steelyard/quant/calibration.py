@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
-from steelyard import choices
+from steelyard import choices, precision
 from steelyard.quant import affine
 from steelyard_kernels import quant_matmul
 
@@ -123,7 +123,7 @@ def calibrate(
 @functools.partial(jax.jit, static_argnums=range(1, 8))
 def _calibrate(x, grid, counts, symmetric, method, bound, power_of_two, options):
     options = dict(options)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = precision.wide(x)
     blocks, axes = _split(x, counts)
     if symmetric:
         scale, zero_point = _symmetric_scale(blocks, axes, grid, method, bound, options), None

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from steelyard import precision
+
 PyTree = Any
 
 
@@ -34,7 +36,7 @@ def make_evaluate(
 
 
 def _sum_and_count(value: Float[Array, "batch *rest"], mask: Array | None) -> tuple[Array, Array]:
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    value = precision.wide(value)
     if mask is None:
         return jnp.sum(value), jnp.asarray(value.size, value.dtype)
     keep = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value.shape)
