@@ -1,7 +1,10 @@
 """The global order: the same rows on any number of hosts, every example once per epoch."""
 
+import itertools
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -127,3 +130,83 @@ def test_without_a_seed_the_order_is_the_datasets_own():
 def test_epoch_rows_refuses(positions, length, seed, message):
     with pytest.raises(ValueError, match=message):
         order.epoch_rows(positions, length, seed)
+
+
+@pytest.mark.parametrize("mode", order.ORDERS)
+@pytest.mark.parametrize("num_examples", [0, 1, 23])
+def test_epoch_order_is_a_permutation_and_may_be_traced(mode, num_examples):
+    key = jax.random.key(3)
+    traced = jax.jit(jax.vmap(lambda epoch: order.epoch_order(num_examples, epoch, key, mode=mode)))(jnp.arange(4))
+    for epoch in range(4):
+        plain = order.epoch_order(num_examples, epoch, key, mode=mode)
+        assert plain.dtype == jnp.int32
+        assert sorted(plain.tolist()) == list(range(num_examples))
+        np.testing.assert_array_equal(traced[epoch], plain)
+
+
+def test_epoch_order_depends_on_the_epoch_only_when_reshuffled():
+    key = jax.random.key(0)
+    orders = {mode: np.stack([order.epoch_order(50, e, key, mode=mode) for e in range(3)]) for mode in order.ORDERS}
+    np.testing.assert_array_equal(orders["single"], np.tile(jax.random.permutation(key, 50), (3, 1)))
+    np.testing.assert_array_equal(orders["none"], np.tile(np.arange(50), (3, 1)))
+    again = [jax.random.permutation(jax.random.fold_in(key, e), 50) for e in range(3)]
+    np.testing.assert_array_equal(orders["reshuffle"], again)
+    assert len({row.tobytes() for row in orders["reshuffle"]}) == 3
+    assert not np.array_equal(orders["single"][0], order.epoch_order(50, 0, jax.random.key(1), mode="single"))
+
+
+def _normalized_pair(x):
+    """Batch normalization of two numbers, without an epsilon: -1 for the smaller, 1 for the larger."""
+    return (x - jnp.mean(x)) / jnp.std(x)
+
+
+def test_a_single_shuffle_with_batch_normalization_trains_another_problem():
+    """Fit y by gamma BN(x) with batches of two: the optimum is a mean of (y_larger - y_smaller) / 2 over pairs.
+
+    Over the fixed pairs of a single shuffle, over all pairs when reshuffled; both differ from the full batch's.
+    """
+    rng = np.random.default_rng(1)
+    x = rng.permutation(8).astype(float)
+    y = x / 4 + rng.normal(size=8)
+
+    def optimum(pairs):
+        return np.mean([(y[i] - y[j]) / 2 * (1 if x[i] > x[j] else -1) for i, j in pairs])
+
+    key = jax.random.key(5)
+    expected = {
+        "single": optimum(np.asarray(order.epoch_order(8, 0, key, mode="single")).reshape(4, 2)),
+        "reshuffle": optimum(list(itertools.combinations(range(8), 2))),
+        "full batch": np.mean(y * (x - x.mean()) / x.std()),
+    }
+    assert min(abs(a - b) for a, b in itertools.combinations(expected.values(), 2)) > 0.01
+
+    def train(mode, epochs):
+        """SGD on (gamma BN(x) - y)^2 / 2, at the rate 1 / (1 + step), which makes gamma the mean of the optima."""
+        features, labels = jnp.asarray(x), jnp.asarray(y)
+
+        def step(gamma, batch_and_count):
+            batch, count = batch_and_count
+            grad = jax.grad(lambda g: jnp.mean((g * _normalized_pair(features[batch]) - labels[batch]) ** 2) / 2)
+            return gamma - grad(gamma) / (1 + count), None
+
+        orders = jax.vmap(lambda e: order.epoch_order(8, e, key, mode=mode))(jnp.arange(epochs))
+        batches = orders.reshape(-1, 2)
+        return jax.lax.scan(step, jnp.zeros(()), (batches, jnp.arange(len(batches))))[0]
+
+    # The gradient is gamma - target of the pair, so at these rates gamma is exactly the running mean of the targets:
+    # after whole epochs the single shuffle's own mean, up to float32; the other's is a sample mean over random pairs.
+    np.testing.assert_allclose(jax.jit(train, static_argnums=(0, 1))("single", 50), expected["single"], atol=1e-5)
+    epochs = 20_000
+    spread = np.std([(y[i] - y[j]) / 2 * (1 if x[i] > x[j] else -1) for i, j in itertools.combinations(range(8), 2)])
+    got = jax.jit(train, static_argnums=(0, 1))("reshuffle", epochs)
+    assert abs(got - expected["reshuffle"]) < 4 * spread / np.sqrt(4 * epochs)
+    assert abs(got - expected["single"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "mode", "message"),
+    [(4, "reshufle", "did you mean 'reshuffle'"), (-1, "single", r"num_examples=-1 must lie in \[0, inf\)")],
+)
+def test_epoch_order_refuses(num_examples, mode, message):
+    with pytest.raises(ValueError, match=message):
+        order.epoch_order(num_examples, 0, jax.random.key(0), mode=mode)

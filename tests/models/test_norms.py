@@ -1,4 +1,4 @@
-"""Root mean square normalization against its formula, Flax and layer normalization."""
+"""Root mean square and ghost batch normalization against their formulas and Flax."""
 
 import flax.linen as nn
 import jax
@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from steelyard import models
-from tests.models.helpers import normal
+from tests.models.helpers import KEY, normal
 
 # A mean of up to 64 squares in float32, a root and a product: a few times 2^-24, well below 2e-6.
 TOLERANCE = {"rtol": 2e-6, "atol": 2e-6}
@@ -52,9 +53,9 @@ def test_at_least_one_feature_is_counted():
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan")])
 def test_fraction_outside_its_range(fraction):
-    with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"fraction=.* must lie in \(0, 1\]"):
         models.rms_norm(jnp.ones(3), fraction=fraction)
-    with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"fraction=.* must lie in \(0, 1\]"):
         models.RMSNorm(fraction=fraction)
 
 
@@ -148,3 +149,168 @@ def test_jit_and_vmap():
     y = models.rms_norm(x, fraction=0.5)
     np.testing.assert_allclose(jax.jit(lambda x: models.rms_norm(x, fraction=0.5))(x), y, **TOLERANCE)
     np.testing.assert_allclose(jax.vmap(lambda x: models.rms_norm(x, fraction=0.5))(x), y, **TOLERANCE)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=(3, 8))
+        y = models.rms_norm(jnp.asarray(x), fraction=0.5)
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(y, numpy_rms_norm(x, 0.5), rtol=1e-14)
+
+
+def test_learned_scale_and_bias():
+    x, scale, bias = normal(3, 5), normal(5, seed=2), normal(5, seed=3)
+    expected = numpy_rms_norm(x) * np.asarray(scale, np.float64) + np.asarray(bias, np.float64)
+    np.testing.assert_allclose(models.rms_norm(x, scale, bias), expected, **TOLERANCE)
+
+
+def ghost(x, *, train=True, ghost_size=4, stats=None, **options):
+    """Output and new statistics of a module with scale and bias that are not 1 and 0."""
+    module = models.GhostBatchNorm(ghost_size=ghost_size, **options)
+    variables = {"params": AFFINE, "batch_stats": STATS if stats is None else stats}
+    y, new = jax.jit(lambda v, x: module.apply(v, x, not train, mutable=["batch_stats"]))(variables, x)
+    return y, new["batch_stats"]
+
+
+AFFINE = {"scale": normal(3, seed=4), "bias": normal(3, seed=5)}
+STATS = {"mean": normal(3, seed=6), "var": jnp.exp(normal(3, seed=7))}
+
+
+def numpy_ghost(x, ghost_size, momentum=0.9, epsilon=1e-5):
+    """Batch normalization of one chunk after the other, in float64."""
+    x, scale, bias, mean, var = (
+        np.asarray(a, np.float64) for a in (x, AFFINE["scale"], AFFINE["bias"], STATS["mean"], STATS["var"])
+    )
+    outputs = []
+    for start in range(0, len(x), ghost_size):
+        chunk = x[start : start + ghost_size]
+        flat = chunk.reshape(-1, chunk.shape[-1])
+        outputs.append((chunk - flat.mean(0)) / np.sqrt(flat.var(0) + epsilon) * scale + bias)
+        mean = momentum * mean + (1 - momentum) * flat.mean(0)
+        var = momentum * var + (1 - momentum) * flat.var(0)
+    return np.concatenate(outputs), {"mean": mean, "var": var}
+
+
+# A mean of a few dozen products, a division by a deviation near 1, and momentum: a few times 2^-24.
+GHOST_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def assert_close(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **GHOST_TOLERANCE), ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(12, 3), (8, 2, 3), (4, 2, 5, 3)])
+@pytest.mark.parametrize("momentum", [0.9, 0.0, 1.0])
+def test_ghost_equals_batch_normalization_chunk_by_chunk(shape, momentum):
+    x = 2 * normal(*shape) + 1
+    assert_close(ghost(x, momentum=momentum), numpy_ghost(x, 4, momentum))
+
+
+@pytest.mark.parametrize("ghost_size", [8, 100])
+def test_one_group_equals_flax(ghost_size):
+    """As large as the batch, or larger."""
+    x = normal(8, 2, 3)
+    flax = nn.BatchNorm(use_running_average=False, momentum=0.8, use_fast_variance=False)
+    expected, new = flax.apply({"params": AFFINE, "batch_stats": STATS}, x, mutable=["batch_stats"])
+    assert_close(ghost(x, ghost_size=ghost_size, momentum=0.8), (expected, new["batch_stats"]))
+
+
+def test_many_groups_equal_flax_chunk_by_chunk():
+    x, stats, outputs = normal(12, 3), STATS, []
+    flax = nn.BatchNorm(use_running_average=False, momentum=0.9, use_fast_variance=False)
+    for chunk in jnp.split(x, 3):
+        y, new = flax.apply({"params": AFFINE, "batch_stats": stats}, chunk, mutable=["batch_stats"])
+        outputs, stats = [*outputs, y], new["batch_stats"]
+    assert_close(ghost(x), (jnp.concatenate(outputs), stats))
+
+
+def test_evaluation_uses_and_keeps_the_running_statistics():
+    # The number of examples need not be a multiple of anything.
+    x = normal(7, 3)
+    y, stats = ghost(x, train=False)
+    expected = (x - STATS["mean"]) / np.sqrt(STATS["var"] + 1e-5) * AFFINE["scale"] + AFFINE["bias"]
+    assert_close(y, expected)
+    jax.tree.map(np.testing.assert_array_equal, stats, STATS)
+
+
+def test_permuting_inside_a_group_permutes_the_output():
+    x, order = normal(12, 3), np.array([2, 0, 3, 1, 4, 5, 6, 7, 11, 10, 9, 8])
+    (y, stats), (permuted, same) = ghost(x), ghost(x[order])
+    assert_close(permuted, y[order])
+    assert_close(same, stats)
+
+
+def test_each_group_has_the_bias_as_mean_and_the_scale_as_deviation():
+    y = np.asarray(ghost(100 * normal(12, 2, 3) + 7)[0]).reshape(3, 8, 3)
+    np.testing.assert_allclose(y.mean(1), np.tile(AFFINE["bias"], (3, 1)), **GHOST_TOLERANCE)
+    np.testing.assert_allclose(y.std(1), np.tile(np.abs(AFFINE["scale"]), (3, 1)), rtol=1e-4)
+
+
+def test_initialisation_leaves_the_statistics():
+    for x in (normal(8, 3), normal(1, 3)):
+        variables = models.GhostBatchNorm(ghost_size=4).init(KEY, x)
+        np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(3))
+        np.testing.assert_array_equal(variables["batch_stats"]["var"], np.ones(3))
+        assert jax.tree.map(jnp.shape, variables["params"]) == {"scale": (3,), "bias": (3,)}
+    bare = models.GhostBatchNorm(ghost_size=4, use_scale=False, use_bias=False)
+    assert set(bare.init(KEY, normal(8, 3))) == {"batch_stats"}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_ghost_statistics_of_half_precision_are_float32(dtype):
+    """A group of 512 threes: a sum in bfloat16 would stop growing, and 3 * 2^15 overflows float16."""
+    x = jnp.tile(jnp.asarray([[2.0, 4.0, 3.0], [4.0, 2.0, 3.0]], dtype), (2**14, 1))
+    y, stats = ghost(x, ghost_size=2**14, momentum=0.0)
+    assert (y.dtype, stats["mean"].dtype, stats["var"].dtype) == (dtype, jnp.float32, jnp.float32)
+    np.testing.assert_allclose(stats["mean"], [3.0, 3.0, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], [1.0, 1.0, 0.0], atol=1e-6)
+    assert ghost(x[:4], dtype=jnp.float32)[0].dtype == jnp.float32
+
+
+def test_ghost_gradient_passes_through_the_statistics():
+    """The output does not change if a group is moved or stretched, so the gradient has no such part."""
+    x, weights = normal(8, 3), normal(8, 3, seed=2)
+    grads = jax.grad(lambda x: jnp.sum(weights * ghost(x)[0]))(x).reshape(2, 4, 3)
+    np.testing.assert_allclose(grads.sum(1), 0, atol=1e-5)
+    # Stretching changes the output by epsilon beside the variance: 1e-5 of the gradient's size.
+    np.testing.assert_allclose(jnp.sum(grads * x.reshape(2, 4, 3), 1), 0, atol=1e-3)
+    assert bool(jnp.all(jnp.isfinite(jax.grad(lambda x: jnp.sum(ghost(x)[0] ** 2))(jnp.zeros((4, 3))))))
+
+
+def test_groups_on_their_own_devices_need_no_communication():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x, module = normal(64, 3), models.GhostBatchNorm(ghost_size=4)
+    variables = {"params": AFFINE, "batch_stats": STATS}
+
+    def run(x):
+        return module.apply(variables, x, mutable=["batch_stats"])
+
+    compiled = jax.jit(lambda x: run(x)[0], in_shardings=rows, out_shardings=rows).lower(x).compile()
+    collectives = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+    assert not [name for name in collectives if name in compiled.as_text()]
+    assert_close(jax.jit(run)(jax.device_put(x, rows)), run(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "words"),
+    [
+        (dict(ghost_size=0), (4, 3), r"ghost_size=0 must lie in \[1, inf\)"),
+        (dict(momentum=1.5), (4, 3), r"momentum=1.5 must lie in \[0, 1\]"),
+        (dict(epsilon=-1.0), (4, 3), "epsilon=-1.0"),
+        (dict(ghost_size=4), (10, 3), "ghost_size=4 does not divide the batch of 10"),
+        (dict(ghost_size=1), (4, 3), "ghost_size=1 leaves one value"),
+        (dict(ghost_size=4), (1, 3), r"one value .* \(1, 3\)"),
+        (dict(ghost_size=1), (4, 1, 3), r"one value .* \(4, 1, 3\)"),
+        (dict(ghost_size=4), (3,), r"x has shape \(3,\)"),
+    ],
+)
+def test_ghost_bad_arguments(options, shape, words):
+    with pytest.raises(ValueError, match=words):
+        ghost(jnp.ones(shape), **options)
+
+
+def test_one_example_with_positions_is_a_group():
+    x = normal(4, 5, 3)
+    assert_close(ghost(x, ghost_size=1), numpy_ghost(x, 1))

@@ -206,6 +206,20 @@ def test_projection_level(level):
     assert optim.projection_level(*args, channel_axis=axis) == level
 
 
+def test_whole_weights_that_are_scale_invariant_never_get_shorter():
+    """At level 2 the update is orthogonal to the weight as a whole, though not to each channel."""
+    rng = np.random.default_rng(10)
+    p = rng.normal(size=(7, 5))
+    g = gradient_of_level(2, p, rng).astype(np.float32)
+    p = p.astype(np.float32)
+    assert LEVEL(p, g) == 2
+    moved = np.asarray(SHORTEN(g, p), np.float64)
+    # 35 products of at most 0.1 * 3, each off by 2^-24 of itself, and n short of a unit by about 1e-8.
+    np.testing.assert_allclose(np.sum(p * moved), 0, atol=1e-5)
+    assert np.abs(np.sum(p * moved, axis=0)).max() > 0.01
+    assert np.linalg.norm(p + moved) > np.linalg.norm(p)
+
+
 def test_one_aligned_channel_rejects_the_channel_view():
     p = jnp.eye(4, 3) + 1.0
     g = jnp.asarray(gradient_of_level(1, np.asarray(p), np.random.default_rng(4)), jnp.float32)
@@ -227,6 +241,30 @@ def test_level_of_edge_cases():
     assert LEVEL(row, 0 * row) == 1
     # One channel: both views are the same, and the first wins.
     assert LEVEL(row.T, ortho.T) == 1
+
+
+def test_level_of_a_gradient_shorter_than_eps():
+    """The floor of the norms makes an aligned gradient of length 1e-12 look orthogonal: cos = 1e-12 / 1e-8."""
+    p = jnp.asarray([[0.6], [0.8]])
+    assert LEVEL(p, 1e-12 * p) == 1
+    assert optim.projection_level(p, 1e-12 * p, eps=1e-20) == 0
+
+
+def test_level_without_a_channel_axis_and_of_scalars():
+    p = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
+    assert LEVEL(p, 0 * p, channel_axis=None) == 0
+    assert optim.projection_level(1.0, 0.0) == 0
+    assert optim.projection_level(jnp.zeros((0, 3)), jnp.zeros((0, 3))) == 0
+
+
+def test_level_in_half_precision_adds_in_float32():
+    """cos = 0.04 / sqrt(D) with D = 16384: sums of D ones in bfloat16 would stop at 256 and give far more."""
+    p = jnp.ones((2**14, 1), jnp.bfloat16)
+    signs = jnp.where(jnp.arange(2**14) % 2 == 0, 1, -1)[:, None]
+    # Three ones too many on a balance of ones and minus ones: <p, g> = 6, over |p| |g| = 2^14, is 6 / 128 / sqrt(D).
+    g = signs.at[1:7:2].set(1).astype(jnp.bfloat16)
+    assert LEVEL(p, g) == 1
+    assert LEVEL(p, g, delta=5 / 128) == 0
 
 
 def test_level_is_strict():
@@ -401,6 +439,7 @@ def test_injected_hyperparameters_and_schedules(make):
     ("make", "kwargs", "words"),
     [
         (optim.adamp, dict(b1=1.0), r"b1=1.0 .*\[0, 1\)"),
+        (optim.adamp, dict(b2=1.0), r"b2=1.0 .*\[0, 1\)"),
         (optim.adamp, dict(b2=-0.1), "b2=-0.1"),
         (optim.adamp, dict(b1=float("nan")), "b1=nan"),
         (optim.adamp, dict(eps=-1.0), "eps=-1.0"),
@@ -409,6 +448,10 @@ def test_injected_hyperparameters_and_schedules(make):
         (optim.adamp, dict(weight_decay=-0.1), "weight_decay=-0.1"),
         (optim.adamp, dict(weight_decay=optax.constant_schedule(0.1)), "inject_hyperparams"),
         (optim.sgdp, dict(momentum=1.0), "momentum=1.0"),
+        (optim.sgdp, dict(momentum=-0.1), r"momentum=-0.1 .*\[0, 1\)"),
+        (optim.sgdp, dict(eps=-1.0), "eps=-1.0"),
+        (optim.sgdp, dict(delta=-0.1), "delta=-0.1"),
+        (optim.sgdp, dict(wd_ratio=-0.1), "wd_ratio=-0.1"),
         (optim.sgdp, dict(dampening=1.5), "dampening=1.5"),
         (optim.sgdp, dict(weight_decay=-1.0), "weight_decay=-1.0"),
     ],
@@ -416,6 +459,18 @@ def test_injected_hyperparameters_and_schedules(make):
 def test_bad_hyperparameters(make, kwargs, words):
     with pytest.raises(ValueError, match=words):
         make(0.1, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "delta", "wd_ratio", "eps"])
+def test_bad_hyperparameters_of_the_projection(name):
+    with pytest.raises(ValueError, match=rf"{name}=-0.5 must lie in \[0, inf\)"):
+        optim.tangent_projection(optax.identity(), **{name: -0.5})
+
+
+@pytest.mark.parametrize("axis", [2, -3, (0, 2)])
+def test_level_refuses_an_axis_that_the_weight_lacks(axis):
+    with pytest.raises(ValueError, match=r"channel_axis=.*\(2, 3\)"):
+        optim.projection_level(jnp.ones((2, 3)), jnp.ones((2, 3)), channel_axis=axis)
 
 
 def test_bad_calls():
@@ -437,3 +492,8 @@ def test_bad_calls():
         optim.projection_level(jnp.ones((2, 3)), jnp.ones((3, 2)))
     with pytest.raises(ValueError, match="delta=-1"):
         optim.projection_level(jnp.ones((2, 3)), jnp.ones((2, 3)), delta=-1)
+    with pytest.raises(ValueError, match="eps=-1"):
+        optim.projection_level(jnp.ones((2, 3)), jnp.ones((2, 3)), eps=-1)
+    for tx in (optim.sgdp(0.1), optim.scale_by_sgdp(), optim.scale_by_adamp()):
+        with pytest.raises(ValueError, match="needs params"):
+            tx.update(p, tx.init(p))

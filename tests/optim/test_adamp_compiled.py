@@ -1,4 +1,4 @@
-"""What the real TPU compiler makes of the update: the number of passes over each leaf, counted in bytes."""
+"""What compilers make of the update: bytes of the passes over a leaf (TPU), temporaries and collectives (CPU)."""
 
 import importlib.util
 
@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from launch import aot, hlo
 from steelyard import optim, tree
 
-pytestmark = pytest.mark.skipif(
+needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'jax[tpu]'"
 )
 
@@ -49,12 +50,14 @@ def largest(shapes, itemsize):
     return max(tree.nbytes(jax.ShapeDtypeStruct(s, f"V{itemsize}")) for s in shapes.values())
 
 
+@needs_tpu_compiler
 def test_adamw_is_one_pass(device):
     """The control of the counter: reads p, g, m, v and writes p, m, v once, 7 arrays of 4 bytes."""
     counted, _ = bytes_per_parameter(device, "adamw", optax.adamw(1e-3), {"large": (4096, 4096)})
     assert counted == pytest.approx(28, abs=0.1)
 
 
+@needs_tpu_compiler
 def test_adamp_is_two_passes_without_temporaries(device):
     """At best: p, g, m, v read and m, v written (24 bytes); then p, m, v read and p written (16)."""
     counted, temporary = bytes_per_parameter(device, "adamp", optim.adamp(1e-3, weight_decay=0.1), SHAPES)
@@ -62,6 +65,7 @@ def test_adamp_is_two_passes_without_temporaries(device):
     assert temporary < largest(SHAPES, 4) / 8
 
 
+@needs_tpu_compiler
 @pytest.mark.parametrize(
     ("name", "tx", "dtype", "limit"),
     [
@@ -75,3 +79,23 @@ def test_relatives_are_two_passes_too(device, name, tx, dtype, limit):
     counted, temporary = bytes_per_parameter(device, name, tx, STACKED, dtype)
     assert counted <= limit
     assert temporary < largest(STACKED, jnp.dtype(dtype).itemsize) / 8
+
+
+@pytest.mark.parametrize(
+    "tx", [optim.adamp(1e-3, weight_decay=0.1), optim.adamp(1e-3, nesterov=True), optim.sgdp(1e-3)]
+)
+def test_cpu_stores_no_direction(tx):
+    """A stored direction would be new memory in each step, and its page faults dearer than all arithmetic."""
+    shapes = {"a": (512, 256), "b": (256, 512)}
+    compiled, _ = compile_update(jax.devices("cpu")[0], tx, shapes)
+    assert compiled.memory_analysis().temp_size_in_bytes < largest(shapes, 4) / 8
+
+
+def test_sharded_leaves_are_never_gathered():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tx = optim.adamp(1e-3, weight_decay=0.1)
+    leaf = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x", "y")))
+    state = jax.tree.map(lambda s: leaf if s.shape == leaf.shape else s, jax.eval_shape(tx.init, leaf))
+    text = jax.jit(tx.update).lower(leaf, state, leaf).compile().as_text()
+    assert "all-reduce" in text
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))

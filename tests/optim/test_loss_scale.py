@@ -108,6 +108,92 @@ def test_scale_is_found_inside_chains_and_only_once():
         optim.current_loss_scale(optax.chain(scaled, scaled).init(p))
 
 
+@pytest.mark.parametrize(("scale", "is_finite", "expected"), [(16.0, True, 16.0), (2.0, False, 2.0), (8.0, True, 16.0)])
+def test_scale_stays_within_its_bounds(scale, is_finite, expected):
+    tx = bounded(1)
+    state = tx.init(jnp.ones(()))._replace(scale=jnp.float32(scale))
+    assert float(tx.update(jnp.float32(1 if is_finite else jnp.nan), state)[1].scale) == expected
+
+
+def test_scale_stays_a_power_of_two():
+    tx = optim.dynamic_loss_scale(optax.identity(), initial_scale=2.0**3, growth_interval=1)
+    scales, _ = run(tx, [True, True, False, True] * 3, jnp.ones(()))
+    assert all(np.frexp(scale)[0] == 0.5 for scale in scales)
+    # Each period grows thrice and falls once.
+    assert [np.log2(scale) for scale in scales[::4]] == [3, 5, 7]
+
+
+@pytest.mark.parametrize("tree", [{}, {"a": None}, {"a": None, "steps": np.arange(2)}])
+def test_trees_without_floating_leaves_are_finite(tree):
+    tx = optim.dynamic_loss_scale(optax.identity(), growth_interval=1, initial_scale=4.0)
+    updates, state = jax.jit(tx.update)(tree, tx.init(tree), tree)
+    assert (float(state.scale), int(state.skipped)) == (8.0, 0)
+    jax.tree.map(lambda u, x: np.testing.assert_array_equal(u, x), updates, tree)
+
+
+def test_integer_leaves_are_neither_divided_nor_looked_at():
+    grads = {"w": jnp.full(2, 8.0), "steps": jnp.arange(3)}
+    tx = optim.dynamic_loss_scale(optax.identity(), initial_scale=4.0)
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_array_equal(updates["w"], 2.0)
+    np.testing.assert_array_equal(updates["steps"], [0, 1, 2])
+    assert updates["steps"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("inner", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9)], ids=["adam", "momentum"])
+def test_the_state_keeps_its_dtypes_so_that_a_step_compiles_once(inner, dtype):
+    """Also for 16-bit parameters, whose gradients are unscaled to float32, and so are their moments."""
+    params = {"a": jnp.ones(3, dtype), "b": None}
+    tx = optim.dynamic_loss_scale(inner)
+    update, state = jax.jit(tx.update), tx.init(params)
+    types = jax.tree.map(jnp.result_type, state)
+    for _ in range(3):
+        updates, state = update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert jax.tree.map(jnp.result_type, state) == types
+    assert update._cache_size() == 1
+    assert (updates["a"].dtype, params["a"].dtype) == (jnp.float32, dtype)
+
+
+def test_float64_gradients_stay_float64():
+    with jax.enable_x64(True):
+        tx = optim.dynamic_loss_scale(optax.adam(0.1), initial_scale=2.0)
+        update, params = jax.jit(tx.update), jnp.ones(2)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = update(params, state, params)
+        assert updates.dtype == jnp.float64
+        assert state.scale.dtype == jnp.float32
+        assert update._cache_size() == 1
+
+
+def test_overflow_of_one_leaf_holds_back_all_and_the_next_step_goes_on():
+    """The scaled float16 gradient 2^15 * 4 is infinite; at half the scale 2^16 still is; at a quarter it is not."""
+    params = {"a": jnp.ones((), jnp.float16), "b": jnp.ones((), jnp.float32)}
+
+    def loss(p, scale):
+        return (jnp.float16(4) * p["a"]).astype(jnp.float32) * scale + p["b"] * scale
+
+    tx = optim.dynamic_loss_scale(optax.sgd(0.25), initial_scale=2.0**15)
+    step = jax.jit(lambda state, p: tx.update(jax.grad(loss)(p, optim.current_loss_scale(state)), state, p))
+    state, seen = tx.init(params), []
+    for _ in range(3):
+        updates, state = step(state, params)
+        seen.append((float(updates["a"]), float(updates["b"])))
+    assert seen == [(0, 0), (0, 0), (-1, -0.25)]
+    assert (int(state.skipped), float(state.scale)) == (2, 2.0**13)
+
+
+def test_vmapped_runs_have_a_scale_each():
+    tx = optim.dynamic_loss_scale(optax.sgd(0.1), initial_scale=4.0)
+    state = jax.vmap(tx.init)(jnp.ones((2, 3)))
+    updates, state = jax.vmap(tx.update)(jnp.array([[1.0, 1, 1], [1, jnp.inf, 1]]), state)
+    assert state.scale.tolist() == [4, 2]
+    assert np.all(updates[1] == 0)
+    assert np.all(updates[0] != 0)
+
+
 def test_extra_arguments_reach_the_inner_rule():
     def update(updates, state, params=None, *, value, **extra_args):
         return jax.tree.map(lambda g: g * value, updates), state
@@ -138,10 +224,13 @@ def test_all_finite():
     "kwargs",
     [
         dict(growth_factor=1.0),
+        dict(growth_factor=float("nan")),
         dict(backoff_factor=1.0),
         dict(backoff_factor=0.0),
         dict(growth_interval=0),
         dict(initial_scale=0.0),
+        dict(initial_scale=-2.0),
+        dict(min_scale=0.0),
         dict(min_scale=-1.0),
         dict(max_scale=1.0),
     ],

@@ -118,7 +118,70 @@ def test_no_gradient_flows_through_the_move():
     np.testing.assert_allclose(jax.jacobian(grads)(2.0), A @ (POINT + e), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kwargs", [dict(rho=-0.1), dict(eps=-1.0), dict(rho=float("nan"))])
-def test_bad_arguments(kwargs):
-    with pytest.raises(ValueError, match=next(iter(kwargs))):
+def test_batch_statistics_come_from_the_first_pass_alone():
+    """The running mean of x w has moved once, towards the mean at the parameters and not at the moved ones."""
+    x, w, running = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]), jnp.asarray([1.0, -2.0]), jnp.asarray(10.0)
+
+    def loss(w, running):
+        y = x @ w
+        return jnp.mean(y**2), 0.9 * running + 0.1 * jnp.mean(y)
+
+    fn = optim.sam_value_and_grad(jax.value_and_grad(loss, has_aux=True), rho=1.0)
+    (_, statistics), _ = jax.jit(fn)(w, running)
+    # x w = (-3, -5).
+    np.testing.assert_allclose(statistics, 0.9 * 10 + 0.1 * -4, rtol=1e-6)
+
+
+def test_class_weights_aim_the_move():
+    """Two classes that pull at their own parameter: with weight 0 for the first, only the second one's moves."""
+    targets = jnp.asarray([1.0, 3.0])
+    moved = []
+
+    def value_and_grad(p, weights):
+        moved.append(p)
+        return jax.value_and_grad(lambda p: jnp.sum(weights * (p - targets) ** 2) / 2)(p)
+
+    _, grads = optim.sam_value_and_grad(value_and_grad, rho=0.5)(jnp.zeros(2), jnp.asarray([0.0, 2.0]))
+    np.testing.assert_allclose(moved[1], [0.0, -0.5], rtol=1e-6)
+    np.testing.assert_allclose(grads, [0.0, 2 * (-0.5 - 3)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_odd_trees(adaptive):
+    fn = optim.sam_value_and_grad(
+        jax.value_and_grad(lambda p: jax.tree.reduce(jnp.add, p, 0.0) ** 2), adaptive=adaptive
+    )
+    assert fn({})[1] == {}
+    assert fn({"a": None})[1] == {"a": None}
+    # f(p) = p^2 at 2 has its gradient taken at 2 + rho, or 2 + rho |2| if adaptive.
+    np.testing.assert_allclose(fn(jnp.asarray(2.0))[1], 2 * (2 + 0.05 * (2 if adaptive else 1)), rtol=1e-6)
+    assert fn([jnp.ones(()), None, jnp.ones(())])[1][1] is None
+
+
+def test_vmap_gives_each_its_own_norm():
+    points = jnp.asarray(POINT, jnp.float32) * jnp.asarray([[1.0], [-3.0], [0.0]])
+    fn = optim.sam_value_and_grad(jax.value_and_grad(quadratic), rho=0.7)
+    _, grads = jax.vmap(fn)(points)
+    np.testing.assert_allclose(grads, [fn(p)[1] for p in points], rtol=1e-6)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        _, grads = optim.sam_value_and_grad(jax.value_and_grad(quadratic), rho=0.3)(jnp.asarray(POINT))
+        g = A @ POINT
+        assert grads.dtype == jnp.float64
+        np.testing.assert_allclose(grads, A @ (POINT + 0.3 * g / np.linalg.norm(g)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        (dict(rho=-0.1), r"rho=-0.1 must lie in \[0, inf\)"),
+        (dict(rho=float("nan")), "rho=nan"),
+        (dict(rho=optax.constant_schedule(0.1)), "rho is a function"),
+        (dict(eps=0.0), r"eps=0.0 must lie in \(0, inf\)"),
+    ],
+)
+def test_bad_arguments(kwargs, words):
+    with pytest.raises(ValueError, match=words):
         optim.sam_value_and_grad(jax.value_and_grad(quadratic), **kwargs)

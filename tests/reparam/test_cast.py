@@ -55,6 +55,28 @@ def test_small_updates_accumulate_in_the_master_copy():
     assert jnp.float16(1) + jnp.float16(2.0**-12) == 1
 
 
+def test_without_a_master_copy_small_updates_are_lost():
+    """In float16 a step below 2^-11 of the weight rounds to nothing; in the float32 master copy 2^12 of them add up."""
+    update = jnp.float32(2.0**-12)
+    alone = jnp.float16(1)
+    master = jnp.float32(1)
+    link = reparam.cast(jnp.float16)
+    for _ in range(2**6):
+        alone = (alone + update).astype(jnp.float16)
+        master = master + update
+    assert alone == 1
+    assert link.apply(master, (), step=0, rng=None, train=True) == 1 + 2.0**-6
+
+
+def test_awkward_trees():
+    link = reparam.cast()
+    for tree in ({}, {"a": None}, jnp.float32(1 / 3), jnp.zeros((0, 2)), 1.5):
+        stored, state = link.init(tree, None)
+        seen = link.apply(stored, state, step=0, rng=None, train=True)
+        assert jax.tree.structure(seen) == jax.tree.structure(tree)
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(seen))
+
+
 @pytest.mark.parametrize(("finish", "expected"), [("cast", "bfloat16"), ("keep", "float32")])
 def test_finish_is_what_evaluation_shows(finish, expected):
     link = reparam.cast(finish=finish, keep="norm/scale")
@@ -88,7 +110,9 @@ def test_refuses():
     for dtype in (jnp.int8, bool):
         with pytest.raises(ValueError, match="floating dtype"):
             reparam.cast(dtype)
-    with pytest.raises(ValueError, match="finish='casts'"):
+    with pytest.raises(ValueError, match=r"dtype='bfloat61'.*did you mean 'bfloat16'"):
+        reparam.cast("bfloat61")
+    with pytest.raises(ValueError, match=r"finish='casts'.*did you mean 'cast'"):
         reparam.cast(finish="casts")
     with pytest.raises(ValueError, match=r"keep='nrom/\.\*'.*norm/scale"):
         reparam.cast(keep=r"nrom/.*").init(PARAMS, None)

@@ -2,7 +2,7 @@
 
 from steelyard.data import embedded, order, pipeline, source, tfds
 from steelyard.data.load import load
-from steelyard.data.order import EpochOrder, epoch_rows, rows
+from steelyard.data.order import EpochOrder, epoch_order, epoch_rows, rows
 from steelyard.data.pipeline import batches, evaluation
 from steelyard.data.source import Arrays, Info, Records, Source, check, fingerprint, materialize, windows
 from steelyard.data.tfds import to_unit
@@ -16,6 +16,7 @@ __all__ = [
     "batches",
     "check",
     "embedded",
+    "epoch_order",
     "epoch_rows",
     "evaluation",
     "fingerprint",

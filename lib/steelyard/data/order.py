@@ -6,6 +6,10 @@ epoch 1, and so on. A *position* is a place in that sequence. Step s reads the p
 them. When the batch does not divide the number of examples, a batch runs on into the next epoch, and every example
 still comes exactly once per epoch.
 
+`EpochOrder` and `epoch_rows` are that sequence for a pipeline, in NumPy on the host. `epoch_order` is one epoch of such
+a sequence for a program that keeps its examples on the device: it may be traced, and its permutations are of
+`jax.random`, so they are others than the pipeline's for the same seed.
+
 Source: the adaptive data sharding of "Self-healing Nodes with Adaptive Data-Sharding" (2023), reduced to what training
 needs.
 """
@@ -13,9 +17,14 @@ needs.
 import threading
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int, PRNGKeyArray
 
+from steelyard import choices
+
+ORDERS = ("single", "reshuffle", "none")
 _EPOCHS_KEPT = 2  # a batch and the reads ahead of it touch at most two epochs, unless the dataset is tiny
 
 
@@ -133,3 +142,34 @@ def epoch_rows(
     [0, 1, 2, 3, 4]
     """
     return EpochOrder(length, seed)(positions)
+
+
+def epoch_order(
+    num_examples: int, epoch: int | Int[Array, ""], rng: PRNGKeyArray, *, mode: str = "reshuffle"
+) -> Int[Array, "num_examples"]:
+    """Example indices in the order of one epoch, for examples that are on the device: jit, scan and vmap work.
+
+      single:      permutation(rng)                      the same in every epoch
+      reshuffle:   permutation(fold_in(rng, epoch))
+      none:        0, 1, 2, ...
+
+    With batch normalization a single shuffle trains another problem than the full batch does, because the examples of
+    a batch always meet the same others; reshuffling repairs it. The last batch, where the batch size does not divide
+    the examples, is the caller's to keep or drop. `EpochOrder` is the host's form, for pipelines.
+
+    Args:
+      num_examples: how many there are, 0 or more.
+      epoch: from 0; may be traced.
+      rng: a key of the run, the same in every epoch.
+      mode: "single", "reshuffle" or "none".
+
+    Raises:
+      ValueError: an unknown `mode`, or a negative number of examples.
+
+    Source: On the Training Instability of Shuffling SGD with Batch Normalization (2023, Wu et al.).
+    """
+    choices.require("mode", mode, ORDERS)
+    choices.require_within("num_examples", num_examples, "[0, inf)")
+    if mode == "none":
+        return jnp.arange(num_examples)
+    return jax.random.permutation(rng if mode == "single" else jax.random.fold_in(rng, epoch), num_examples)

@@ -3,7 +3,7 @@
 from steelyard.models.attention import SelfAttention, rotary
 from steelyard.models.layers import Conv, Dense, Embed, weight
 from steelyard.models.mlp import MLP
-from steelyard.models.norms import RMSNorm, rms_norm
+from steelyard.models.norms import GhostBatchNorm, RMSNorm, rms_norm
 from steelyard.models.resnet import ResNet
 from steelyard.models.summary import table
 from steelyard.models.transformer import SwiGLU, Transformer
@@ -14,6 +14,7 @@ __all__ = [
     "Conv",
     "Dense",
     "Embed",
+    "GhostBatchNorm",
     "RMSNorm",
     "ResNet",
     "SelfAttention",

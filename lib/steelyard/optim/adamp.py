@@ -11,7 +11,7 @@ scale-invariant, else 2 if the whole leaf does, else 0.
 
 Memory traffic: the four inner products that both views need are sums per channel, taken in one pass over the leaf;
 all else is a coefficient per channel, applied in a second pass. Compiled for a TPU, a float32 AdamP step reads and
-writes 40 bytes a parameter (AdamW 28) and keeps no temporary of a leaf's size.
+writes 40 bytes a parameter (AdamW 28) and keeps no temporary of a leaf's size. A CPU takes a pass for each product.
 
 Source: AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights (2021, Heo et al.).
 """
@@ -26,8 +26,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from steelyard import choices, precision
 from steelyard import tree as tree_lib
 
+PyTree = Any
 Axes = int | tuple[int, ...] | None
 AxesRule = Axes | Callable[[jax.tree_util.KeyPath, Any], Axes]
 
@@ -45,12 +47,18 @@ class _View(NamedTuple):
 
 
 class _Products(NamedTuple):
-    """Inner products of the weight `p`, the raw gradient `g` and the direction `u`, float32, axes kept."""
+    """Inner products of the weight `p` and the raw gradient `g`, float32, axes kept."""
 
     pp: Float[Array, "..."]
     gg: Float[Array, "..."]
     pg: Float[Array, "..."]
-    pu: Float[Array, "..."]
+
+
+class _Direction(NamedTuple):
+    """Directions `compute(*operands)` of each leaf, computed where they are used instead of stored."""
+
+    compute: Callable[..., Array]
+    operands: tuple[PyTree, ...]
 
 
 def tangent_projection(
@@ -99,25 +107,26 @@ def tangent_projection(
     Source: AdamP (2021, Heo et al.), algorithms 1 and 2.
     """
     for name, value in dict(weight_decay=weight_decay, delta=delta, wd_ratio=wd_ratio, eps=eps).items():
-        _require(name, value, _is_non_negative, "at least 0")
+        choices.require_within(name, value, "[0, inf)")
     inner = optax.with_extra_args_support(inner)
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("update needs params: tx.update(grads, state, params)")
         directions, state = inner.update(updates, state, params, **extra_args)
+        compute, trees = directions if isinstance(directions, _Direction) else (_identity, (directions,))
 
-        def project(path, u, g, p):
-            if u is None:
+        def project(path, g, p, *operands):
+            if operands[0] is None:
                 return None
-            u, g, p = jnp.asarray(u), jnp.asarray(g), jnp.asarray(p)
+            g, p, *operands = map(jnp.asarray, (g, p, *operands))
             view = _view(path, p, channel_axis, stack_axes)
             if view is None:
+                u = compute(*operands)
                 return u if _is_zero(weight_decay) else (u + weight_decay * p).astype(u.dtype)
-            return _projected(u, g, p, view, weight_decay, delta, wd_ratio, eps)
+            return _projected(compute, operands, g, p, view, weight_decay, delta, wd_ratio, eps)
 
-        updates = jax.tree_util.tree_map_with_path(project, directions, updates, params, is_leaf=_is_none)
-        return updates, state
+        return jax.tree_util.tree_map_with_path(project, updates, params, *trees, is_leaf=_is_none), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -143,13 +152,13 @@ def projection_level(
     Source: AdamP (2021, Heo et al.), the condition of algorithms 1 and 2.
     """
     for name, value in dict(delta=delta, eps=eps).items():
-        _require(name, value, _is_non_negative, "at least 0")
+        choices.require_within(name, value, "[0, inf)")
     if jnp.shape(param) != jnp.shape(grad):
         raise ValueError(f"param has shape {jnp.shape(param)} and grad {jnp.shape(grad)}; they must be equal")
     view = _view((), param, channel_axis, None)
     if view is None:
         return jnp.zeros((), jnp.int32)
-    return _level(_products(grad, grad, param, view), view, delta, eps).reshape(())
+    return _level(_products(grad, param, view), view, delta, eps).reshape(())
 
 
 def scale_by_adamp(
@@ -188,8 +197,8 @@ def scale_by_adamp(
 
     Source: AdamP (2021, Heo et al.), algorithm 2.
     """
-    _require("b1", b1, _is_rate, "in [0, 1)")
-    _require("b2", b2, _is_rate, "in [0, 1)")
+    choices.require_within("b1", b1, "[0, 1)")
+    choices.require_within("b2", b2, "[0, 1)")
     projection = dict(delta=delta, wd_ratio=wd_ratio, channel_axis=channel_axis, stack_axes=stack_axes)
     return tangent_projection(_adam(b1, b2, eps, nesterov, mu_dtype), weight_decay=weight_decay, eps=eps, **projection)
 
@@ -253,9 +262,9 @@ def scale_by_sgdp(
 
     Source: AdamP (2021, Heo et al.), algorithm 1.
     """
-    _require("momentum", momentum, _is_rate, "in [0, 1)")
-    _require("dampening", dampening, lambda x: 0 <= x <= 1, "in [0, 1]")
-    _require("weight_decay", weight_decay, _is_non_negative, "at least 0")
+    choices.require_within("momentum", momentum, "[0, 1)")
+    choices.require_within("dampening", dampening, "[0, 1]")
+    choices.require_within("weight_decay", weight_decay, "[0, inf)")
     projection = dict(delta=delta, wd_ratio=wd_ratio, channel_axis=channel_axis, stack_axes=stack_axes)
     inner = _momentum(momentum, dampening, nesterov, accumulator_dtype)
     return tangent_projection(inner, weight_decay=weight_decay / (1 - momentum), eps=eps, **projection)
@@ -287,17 +296,20 @@ def sgdp(
 
 
 def _adam(b1, b2, eps, nesterov, mu_dtype) -> optax.GradientTransformation:
+    """Adam whose updates are a `_Direction`."""
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
-    if not nesterov:
-        return adam
 
     def update(updates, state, params=None):
         _, new_state = adam.update(updates, state, params)
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        ahead = optax.tree.bias_correction(optax.tree.update_moment(updates, mu, b1, 1), b1, new_state.count)
-        nu_hat = optax.tree.bias_correction(nu, b2, new_state.count)
-        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), ahead, nu_hat), new_state
+
+        def compute(m, v, *g):
+            m = optax.tree.update_moment(*g, m, b1, 1) if nesterov else m
+            m, v = (optax.tree.bias_correction(x, b, new_state.count) for x, b in ((m, b1), (v, b2)))
+            return m / (jnp.sqrt(v) + eps)
+
+        return _Direction(compute, (mu, nu, updates) if nesterov else (mu, nu)), new_state
 
     return optax.GradientTransformation(adam.init, update)
 
@@ -343,32 +355,51 @@ def _axes_but(name, path, shape, axes) -> tuple[int, ...]:
         raise ValueError(f"{name}={axes} names an axis that shape {shape}{where} lacks") from error
 
 
-def _projected(u, g, p, view: _View, weight_decay, delta, wd_ratio, eps) -> Array:
-    products = _products(u, g, p, view)
+def _projected(compute, operands, g, p, view: _View, weight_decay, delta, wd_ratio, eps) -> Array:
+    products = _products(g, p, view)
     level = _level(products, view, delta, eps)
+    radial = _radial_coefficient(products.pp, _radial_product(compute, operands, p, level, view), level, view, eps)
     decay = weight_decay * jnp.where(level > 0, wd_ratio, 1.0)
-    coefficient = _radial_coefficient(products, level, view, eps) - decay
-    return (_wide(u) - coefficient * _wide(p)).astype(u.dtype)
+    u = compute(*operands)
+    return (precision.wide(u) - (radial - decay) * precision.wide(p)).astype(u.dtype)
 
 
-def _products(u, g, p, view: _View) -> _Products:
-    def dot(a, b):
-        return jnp.sum(_wide(a) * _wide(b), view.within, keepdims=True)
-
+def _products(g, p, view: _View) -> _Products:
     # The first barrier keeps <g, g> from sharing g^2 with the inner rule, which would be stored for that (on CPU).
-    # The second keeps the sums over a layer (sums of these) from being rewritten as further sums over the leaf: u
-    # would then have several readers, and would be stored instead of computed again in the second pass.
+    # The second, as that of `_radial_product`, keeps sums over a layer (sums of these) from being rewritten as further
+    # sums over the leaf: u would then have several readers, and would be stored instead of computed again.
     g = jax.lax.optimization_barrier(g)
-    return jax.lax.optimization_barrier(_Products(dot(p, p), dot(g, g), dot(p, g), dot(p, u)))
+    return jax.lax.optimization_barrier(_Products(_dot(p, p, view), _dot(g, g, view), _dot(p, g, view)))
 
 
-def _layer_products(products: _Products, view: _View) -> _Products:
-    return _Products(*(jnp.sum(x, view.channels, keepdims=True) for x in products))
+def _radial_product(compute, operands, p, level, view: _View) -> Float[Array, "..."]:
+    """<p, u> of every channel; on CPU zero where nothing will be projected."""
+
+    def product(p, *operands):
+        return _dot(p, compute(*operands), view)
+
+    # Accelerators fuse this with the other products into one pass over the leaf. On CPU each product is a pass of its
+    # own, and this one the dearest, so that it is taken only for what is projected; and a branch computes u for
+    # itself, where u would otherwise be stored for the last pass, which doubles the time.
+    def product_if_projected(p, *operands):
+        zeros = optax.tree.zeros_like(jax.eval_shape(product, p, *operands))
+        return jax.lax.cond(jnp.any(level > 0), product, lambda *_: zeros, p, *operands)
+
+    pu = jax.lax.platform_dependent(p, *operands, cpu=product_if_projected, default=product)
+    return jax.lax.optimization_barrier(pu)
+
+
+def _dot(a, b, view: _View) -> Float[Array, "..."]:
+    return jnp.sum(precision.wide(a) * precision.wide(b), view.within, keepdims=True)
+
+
+def _over_layer(x, view: _View):
+    return jax.tree.map(lambda x: jnp.sum(x, view.channels, keepdims=True), x)
 
 
 def _level(products: _Products, view: _View, delta, eps) -> Int[Array, "..."]:
     channel = jnp.max(_cosine(products, eps), view.channels, keepdims=True)
-    layer = _cosine(_layer_products(products, view), eps)
+    layer = _cosine(_over_layer(products, view), eps)
     in_layer = jnp.where(layer < delta / math.sqrt(view.layer_size), 2, 0)
     return jnp.where(channel < delta / math.sqrt(view.channel_size), 1, in_layer).astype(jnp.int32)
 
@@ -379,18 +410,18 @@ def _cosine(products: _Products, eps) -> Float[Array, "..."]:
     return jnp.abs(products.pg) / (p_norm * g_norm)
 
 
-def _radial_coefficient(products: _Products, level, view: _View, eps) -> Float[Array, "..."]:
+def _radial_coefficient(pp, pu, level, view: _View, eps) -> Float[Array, "..."]:
     """The factor c such that u - c p is the projection, per channel."""
 
-    def ratio(x: _Products):
-        return x.pu / (jnp.sqrt(x.pp) + eps) ** 2
+    def ratio(pp, pu):
+        return pu / (jnp.sqrt(pp) + eps) ** 2
 
-    in_layer = jnp.where(level == 2, ratio(_layer_products(products, view)), 0.0)
-    return jnp.where(level == 1, ratio(products), in_layer)
+    in_layer = jnp.where(level == 2, ratio(*_over_layer((pp, pu), view)), 0.0)
+    return jnp.where(level == 1, ratio(pp, pu), in_layer)
 
 
-def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _identity(x):
+    return x
 
 
 def _is_none(x) -> bool:
@@ -399,19 +430,3 @@ def _is_none(x) -> bool:
 
 def _is_zero(x) -> bool:
     return isinstance(x, int | float) and x == 0
-
-
-def _is_rate(x) -> bool:
-    return 0 <= x < 1
-
-
-def _is_non_negative(x) -> bool:
-    return x >= 0
-
-
-def _require(name, value, is_allowed, allowed) -> None:
-    """Checks a hyperparameter that is a number; one that is traced is let through."""
-    if callable(value):
-        raise ValueError(f"{name} is a function; it must be a number {allowed}. Schedules: optax.inject_hyperparams.")
-    if not isinstance(value, jax.core.Tracer) and not is_allowed(value):
-        raise ValueError(f"{name}={value} must be {allowed}")

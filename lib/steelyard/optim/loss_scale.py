@@ -46,7 +46,7 @@ def dynamic_loss_scale(
         otherwise:   zero update, inner state as it was;  scale <- max(scale backoff_factor, min)
 
     With powers of two for scale and factors (the defaults) scaling is exact. The updates are float32 (float64
-    gradients stay float64), for master weights in float32.
+    gradients stay float64), for master weights in float32, and so is the inner state, whatever the parameters are.
 
     Args:
       inner: the rule that gets the unscaled gradients; extra arguments are passed on.
@@ -70,7 +70,9 @@ def dynamic_loss_scale(
 
     def init(params):
         zero = jnp.zeros((), jnp.int32)
-        return DynamicLossScaleState(jnp.asarray(initial_scale, jnp.float32), zero, zero, inner.init(params))
+        # The inner rule gets float32 gradients, so its moments are float32 from the start.
+        inner_state = inner.init(jax.tree.map(lambda p: _wide(jnp.asarray(p)), params))
+        return DynamicLossScaleState(jnp.asarray(initial_scale, jnp.float32), zero, zero, inner_state)
 
     def update(updates, state, params=None, **extra_args):
         grads = jax.tree.map(lambda g: _unscale(g, state.scale), updates)
@@ -116,7 +118,11 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 
 def _unscale(grad, scale):
-    return precision.wide(grad) / scale if _is_inexact(grad) else grad
+    return _wide(grad) / scale if _is_inexact(grad) else grad
+
+
+def _wide(x):
+    return precision.wide(x) if _is_inexact(x) else x
 
 
 def _is_inexact(leaf) -> bool:

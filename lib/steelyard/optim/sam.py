@@ -35,7 +35,7 @@ def sam_value_and_grad(
         result:    value at p, gradient at p + e
 
     The norm is over the whole tree, in float32. No gradient flows through e. Weights of classes or examples must
-    enter the loss of both points, so give them as arguments of the function.
+    enter the loss of both points, so give them as arguments of the function. Costs two gradients.
 
     Args:
       value_and_grad_fn: `(params, *args, **kwargs) -> (value, grads)`; with `has_aux` the value is `(value, aux)`.
@@ -48,12 +48,12 @@ def sam_value_and_grad(
       parameters. Arguments, and so the batch and the random key, are the same at both points.
 
     Raises:
-      ValueError: rho or eps is negative.
+      ValueError: rho is negative, or eps is not positive.
 
     Source: Sharpness-Aware Minimization (2021, Foret et al.), equation 2 and algorithm 1.
     """
     choices.require_within("rho", rho, "[0, inf)")
-    choices.require_within("eps", eps, "[0, inf)")
+    choices.require_within("eps", eps, "(0, inf)")
 
     def fn(params, *args, **kwargs):
         value, grads = value_and_grad_fn(params, *args, **kwargs)

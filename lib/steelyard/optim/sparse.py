@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from steelyard.optim.reset import is_gap, reset
+
 PyTree = Any
 
 
@@ -86,7 +88,7 @@ def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformationE
         masks = _masks("sparse", extra_args)
         updates, state = inner.update(_zero_pruned(updates, masks), state, params, **extra_args)
         if masks is not None:
-            state = optax.tree.map_params(inner, _zero_pruned_moment, state, masks)
+            state = reset(state, jax.tree.map(jnp.logical_not, masks), tx=inner)
         return _zero_pruned(updates, masks), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -100,20 +102,14 @@ def _masks(name: str, extra_args: dict[str, Any]) -> PyTree | None:
 
 def _map_masked(fn: Callable[[Array, Array], Array], updates: PyTree, masks: PyTree | None) -> PyTree:
     def leaf(g, mask):
-        if g is None or mask is None:
+        if is_gap(g) or mask is None:
             return g
         if jnp.shape(g) != jnp.shape(mask):
             raise ValueError(f"mask of shape {jnp.shape(mask)} for a gradient of shape {jnp.shape(g)}")
         return fn(g, mask)
 
-    return updates if masks is None else jax.tree.map(leaf, updates, masks, is_leaf=lambda x: x is None)
+    return updates if masks is None else jax.tree.map(leaf, updates, masks, is_leaf=is_gap)
 
 
 def _zero_pruned(updates: PyTree, masks: PyTree | None) -> PyTree:
     return _map_masked(lambda g, mask: jnp.where(mask, g, jnp.zeros_like(g)), updates, masks)
-
-
-def _zero_pruned_moment(moment, mask):
-    if mask is None or jnp.shape(moment) != jnp.shape(mask):
-        return moment
-    return jnp.where(mask, moment, jnp.zeros_like(moment))

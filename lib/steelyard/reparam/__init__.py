@@ -6,11 +6,19 @@ from steelyard.reparam.fake_quant import fake_quant, lsq, lsq_init
 from steelyard.reparam.masked import masked
 from steelyard.reparam.masking import soft_masked, sr_ste, straight_through
 from steelyard.reparam.nm_sparse import nm_sparse
+from steelyard.reparam.weight_compander import Curve, compand, expand
+from steelyard.reparam.weight_compander import weight_compander as weight_compander
+from steelyard.reparam.weight_norm import WeightNormed, weight_norm_data_init, weight_norm_merge, weight_norm_split
+from steelyard.reparam.weight_norm import weight_norm as weight_norm
 
 __all__ = [
+    "Curve",
     "Reparam",
+    "WeightNormed",
     "cast",
     "chain",
+    "compand",
+    "expand",
     "fake_quant",
     "identity",
     "lsq",
@@ -21,4 +29,9 @@ __all__ = [
     "soft_masked",
     "sr_ste",
     "straight_through",
+    "weight_compander",
+    "weight_norm",
+    "weight_norm_data_init",
+    "weight_norm_merge",
+    "weight_norm_split",
 ]

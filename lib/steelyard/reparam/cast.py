@@ -1,6 +1,6 @@
 """Master weights in full precision, a copy in 16 bits for the model.
 
-Source: Mixed precision training (2018), section 3.1.
+Source: Mixed Precision Training (2018, Micikevicius et al.), section 3.1.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from steelyard import formats
+from steelyard import choices, formats
 from steelyard import tree as tree_lib
 from steelyard.reparam import base
 
@@ -32,10 +32,8 @@ def cast(
       ValueError: `dtype` is not a floating dtype, or `finish` is unknown; at `init`, `keep` matches no parameter; at
         `finish`, a weight node cannot be cast without another rounding.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype!r} is not a floating dtype, such as jnp.bfloat16 or jnp.float16")
-    if finish not in ("cast", "keep"):
-        raise ValueError(f"finish={finish!r} is not one of ('cast', 'keep')")
+    _check_dtype(dtype)
+    choices.require("finish", finish, ("cast", "keep"))
 
     def init(params, rng):
         del rng
@@ -51,6 +49,16 @@ def cast(
         return stored if finish == "keep" else _cast_tree(stored, dtype, keep)
 
     return base.Reparam(init, apply, None, None, store)
+
+
+def _check_dtype(dtype: Any) -> None:
+    try:
+        is_floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # a misspelt name
+        is_floating = False
+    if not is_floating:
+        near = tree_lib.nearest(str(dtype), ("bfloat16", "float16", "float32"), 1) or ["bfloat16"]
+        raise ValueError(f"dtype={dtype!r} is not a floating dtype; did you mean {near[0]!r}?")
 
 
 def _cast_tree(tree: PyTree, dtype: Any, keep: tree_lib.Where | None) -> PyTree:
@@ -69,4 +77,4 @@ def _cast(path: str, x: Any, dtype: Any) -> Any:
         return dataclasses.replace(x, dtype=jnp.dtype(dtype).name)
     if formats.is_weight(x):
         raise ValueError(f"{path} is stored as {type(x).__name__}, which `cast` does not know how to cast exactly")
-    return x.astype(dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+    return jnp.asarray(x).astype(dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x

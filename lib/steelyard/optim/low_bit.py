@@ -1,0 +1,258 @@
+"""Optimizer state in 8 or 4 bits: any rule's moments are decoded before its update and encoded after it.
+
+Two things go wrong where moments are rounded as weights are. A second moment that becomes zero beside a first moment
+that does not makes the update explode; so an entry that is not zero is never stored as zero. And an average with decay
+0.999 moves by less than half a step of a grid in each update: rounded to nearest, it would stand still. So entries are
+*dithered*: rounded up with a frequency that equals the remainder, by comparing it with a threshold
+
+    d(t, i) = frac(t golden + hash(path) + sum over axes a of i_a sqrt(prime_a)),   golden = (sqrt(5) - 1) / 2.
+
+As t grows, thresholds fill [0, 1) evenly (a Weyl sequence), and the average stays within about a step of its true
+value, where independent random thresholds would let it wander by 1 / sqrt(1 - 0.999^2) = 22 steps. They depend on the
+index in the whole array, so that sharding does not change them, and cost an addition an entry. For all this the grid
+must stand still too: scales are powers of two.
+
+| bits | codes | one scale for |
+| --- | --- | --- |
+| 8 | `fp8_e5m2`: four steps an octave, 22 octaves below the largest entry | the leaf |
+| 4 | `int4` codes of the signed square root, 15 values (7 on each side if signs differ) | `block` rows |
+
+Square roots, because the values of 4 bits must reach far down: from 1 to 1/225. Rounding is unbiased in the value
+itself, not in its root; a bias of the root would add up over a thousand steps.
+
+Sources: 8-bit Optimizers via Block-wise Quantization (2022, Dettmers et al.); Memory Efficient Optimizers with 4-bit
+States (2023, Li et al.), for the trouble with zero. Float codes, roots and dither are not theirs.
+"""
+
+import functools
+import itertools
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Num, UInt32
+
+from steelyard import choices, formats
+from steelyard import tree as tree_lib
+from steelyard.quant import calibration
+from steelyard_kernels import quant_matmul
+
+PyTree = Any
+
+_GOLDEN = np.uint32((math.sqrt(5) - 1) / 2 * 2**32)
+# Not 5: its root is a multiple of the golden ratio, up to an integer.
+_ROOTS = tuple(np.uint32(math.sqrt(prime) % 1 * 2**32) for prime in (2, 3, 7, 11, 13, 17, 19, 23))
+
+# e5m2 reaches from 2^-14 to 2^15. The largest entry is put at 2^8: what it may grow before it is measured again.
+_TOP = 8
+_MANTISSA, _BIAS, _SMALLEST, _LARGEST, _NAN = 2, 15, 0x04, 0x7B, 0x7F
+# On CPU the scale is measured in every so many steps, and when a gradient has grown by so much.
+_INTERVAL, _GROWTH = 32, 4.0
+# The largest code of the roots, without and with entries of both signs.
+_ONE_SIGN, _TWO_SIGNS = 15, 7
+
+
+class LowBitState(NamedTuple):
+    """State of `low_bit_state`.
+
+    Attributes:
+      count: number of updates made.
+      peaks: float32, the largest |gradient| of each large leaf when scales were last measured (8 bits, on CPU).
+      inner_state: that of the inner rule, with large moments as `formats.Quantized`.
+    """
+
+    count: Int[Array, ""]
+    peaks: Float[Array, "leaves"]
+    inner_state: optax.OptState
+
+
+class _Scale(NamedTuple):
+    scale: Float[Array, "..."]
+    zero_point: Int[Array, "..."] | None
+
+
+def low_bit_state(
+    inner: optax.GradientTransformation, *, bits: int = 8, block: int = 32, min_size: int = 4096
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the moments of any rule in 8 or 4 bits.
+
+        updates, state = inner.update(updates, decode(state), params);  store encode(state)
+
+    The rule computes with decoded moments of the dtype that it gave them, so that its arithmetic and its result are
+    its own. Codes have the parameter's shape (4 bits: two a byte along axis -2) and sharding. Wrap rules that edit the
+    moments of others, such as `sparse`, on the inside.
+
+    AdamW with 8 bits keeps 2.0 bytes a parameter instead of 8, with 4 bits 1.2. With 8 bits a CPU takes no longer than
+    with float32; with 4 bits about three times as long, because the scales of all blocks are measured in each step.
+
+    Args:
+      inner: the rule; extra arguments are passed on.
+      bits: of an entry, 8 or 4.
+      block: with 4 bits, how many entries along axis -2 (along the last of one axis, or where -2 is shorter than
+        half of this) share a scale; where it does not divide the axis, the largest divisor below does, or the whole
+        axis where that is less than half of it. To keep shards apart it must divide each shard's part.
+      min_size: leaves with fewer entries are left as they are, as are those that mirror no parameter (counters) and
+        those that are not of a floating dtype.
+
+    Returns:
+      A transformation with the state `LowBitState`.
+
+    Raises:
+      ValueError: `bits`, `block` or `min_size` is not one of those that are allowed.
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"bits={bits!r} is not one of 8, 4")
+    choices.require_within("block", block, "[1, inf)")
+    choices.require_within("min_size", min_size, "[1, inf)")
+    inner = optax.with_extra_args_support(inner)
+
+    measure = _leaf_scale if bits == 8 else functools.partial(_block_scale, block=block)
+
+    def init(params):
+        state, count = inner.init(params), jnp.zeros((), jnp.int32)
+        mirrors = optax.tree.map_params(inner, lambda _: True, state, transform_non_params=lambda _: False)
+
+        def encode(path, x, is_moment):
+            return _encode(path, x, measure(x), count) if is_moment and _is_large(x, min_size) else x
+
+        peaks = jnp.zeros(len(_large(params, min_size)) if bits == 8 else 0, jnp.float32)
+        return LowBitState(count, peaks, tree_lib.map_with_path(encode, state, mirrors))
+
+    def update(updates, state, params=None, **extra_args):
+        old = tree_lib.flatten(state.inner_state, is_leaf=formats.is_weight)
+        structure = jax.tree.structure(state.inner_state, is_leaf=formats.is_weight)
+
+        def step():
+            decoded = [_decode(leaf) for _, leaf in old]
+            new_updates, inner_state = inner.update(updates, structure.unflatten(decoded), params, **extra_args)
+            return new_updates, structure.flatten_up_to(inner_state)
+
+        def measured():
+            return [measure(x) for (_, leaf), x in zip(old, step()[1], strict=True) if formats.is_weight(leaf)]
+
+        if bits == 8:
+            kept = [_Scale(leaf.scale, leaf.zero_point) for _, leaf in old if formats.is_weight(leaf)]
+            scales, peaks = _measured_if_due(measured, kept, _large(updates, min_size), state)
+        else:
+            scales, peaks = measured(), state.peaks
+        new_updates, leaves = step()
+        count, scales = state.count + 1, iter(scales)
+        leaves = [
+            _encode(path, x, next(scales), count) if formats.is_weight(leaf) else x
+            for (path, leaf), x in zip(old, leaves, strict=True)
+        ]
+        return new_updates, LowBitState(count, peaks, structure.unflatten(leaves))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _measured_if_due(measured, kept: list[_Scale], grads: list[Array], state: LowBitState):
+    """Scales, and the largest gradients when they were measured.
+
+    Accelerators fuse the measuring with the update, and do it in each step. XLA on CPU stores each moment in float32 to
+    measure it, which takes longer than all the rest; so there it is a branch that computes the step for itself.
+    """
+
+    def measured_if_due():
+        peaks = jnp.stack([jnp.max(jnp.abs(g)).astype(jnp.float32) for g in grads]) if grads else state.peaks
+        is_due = (state.count % _INTERVAL == 0) | jnp.any(peaks > _GROWTH * state.peaks)
+        return jax.lax.cond(is_due, lambda: (measured(), peaks), lambda: (kept, state.peaks))
+
+    return jax.lax.platform_dependent(cpu=measured_if_due, default=lambda: (measured(), state.peaks))
+
+
+def _is_large(x, min_size: int) -> bool:
+    return x.size >= min_size and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _large(tree: PyTree, min_size: int) -> list[Array]:
+    return [x for x in jax.tree.leaves(tree) if _is_large(x, min_size)]
+
+
+def _decode(leaf):
+    if not formats.is_weight(leaf):
+        return leaf
+    values = leaf.dense()
+    return values if leaf.format == "fp8_e5m2" else values * jnp.abs(values)
+
+
+def _encode(path: str, x: Float[Array, "..."], scale: _Scale, count: Int[Array, ""]) -> formats.Quantized:
+    dither = _dither(x.shape, path, count)
+    wide = x.astype(jnp.float32)
+    if scale.zero_point is None:
+        return formats.Quantized.from_codes(_float_codes(wide, scale, dither), scale.scale, None, "fp8_e5m2", x.dtype)
+    return formats.Quantized.from_codes(_root_codes(wide, scale, dither), *scale, "int4", x.dtype)
+
+
+def _dither(shape: Sequence[int], path: str, count: Int[Array, ""]) -> UInt32[Array, "..."]:
+    """The thresholds d of the module, times 2^32."""
+    start = np.uint32(zlib.crc32(path.encode())) + count.astype(jnp.uint32) * _GOLDEN
+    for axis, root in zip(range(len(shape)), itertools.cycle(_ROOTS)):
+        start = start + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * root
+    return start
+
+
+def _leaf_scale(x: Float[Array, "..."]) -> _Scale:
+    """The power of two of which the largest entry is 2^8 to 2^9."""
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(x), keepdims=True).astype(jnp.float32))
+    return _Scale(_power_of_two(exponent - 1 - _TOP, lowest=-100), None)
+
+
+def _float_codes(x: Float[Array, "..."], scale: _Scale, dither: UInt32[Array, "..."]) -> Num[Array, "..."]:
+    """Codes of e5m2 from the bits of float32: a carry out of the mantissa goes on to the next octave, as it should.
+
+    Converting (and rounding by arithmetic) is five times as dear where the dtype is emulated.
+    """
+    dropped = 23 - _MANTISSA
+    bits = jax.lax.bitcast_convert_type(x * (1 / scale.scale.astype(jnp.float32)), jnp.uint32)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    rounded = ((magnitude + (dither >> np.uint32(32 - dropped))) >> np.uint32(dropped)).astype(jnp.int32)
+    code = jnp.clip(rounded - ((127 - _BIAS) << _MANTISSA), _SMALLEST, _LARGEST)
+    code = jnp.where(magnitude == 0, 0, jnp.where(jnp.isfinite(x), code, _NAN))
+    code = code.astype(jnp.uint8) | (bits >> np.uint32(24)).astype(jnp.uint8) & np.uint8(0x80)
+    return jax.lax.bitcast_convert_type(code, jnp.float8_e5m2)
+
+
+def _block_scale(x: Float[Array, "..."], *, block: int) -> _Scale:
+    """A power of two with which the root of the block's largest entry is on the grid."""
+    axis, size = _block(x.shape, block)
+    counts = calibration.block_counts(x.shape, [size if a == axis else 1 for a in range(x.ndim)])
+    blocks = x.astype(jnp.float32).reshape(*counts[: axis + 1], size, *counts[axis + 1 :])
+    low, high = jnp.min(blocks, axis + 1), jnp.max(blocks, axis + 1)
+    highest = jnp.where(low >= 0, _ONE_SIGN, _TWO_SIGNS)
+    largest = jnp.maximum(high, -low) / highest**2
+    _, exponent = jnp.frexp(largest)
+    scale = _power_of_two((exponent + 1) // 2, lowest=-50)
+    zero_point = jnp.where(low >= 0, -8, 0).astype(jnp.int8)
+    return _Scale(jnp.where(jnp.isfinite(largest), scale, jnp.nan), zero_point)
+
+
+def _block(shape: Sequence[int], block: int) -> tuple[int, int]:
+    """The axis along which entries share a scale, and how many do."""
+    axis = len(shape) - (2 if len(shape) > 1 and 2 * shape[-2] >= block else 1)
+    size = shape[axis]
+    divisor = max(d for d in range(1, min(block, size) + 1) if size % d == 0)
+    return axis, divisor if 2 * divisor >= block else size
+
+
+def _root_codes(x: Float[Array, "..."], scale: _Scale, dither: UInt32[Array, "..."]) -> Int[Array, "..."]:
+    """Codes of signed square roots, dithered between the squares of neighbouring roots."""
+    step = quant_matmul.expand(scale.scale.astype(jnp.float32), x.shape)
+    zero_point = quant_matmul.expand(scale.zero_point.astype(jnp.int32), x.shape)
+    has_one_sign = zero_point < 0
+    threshold = (dither >> np.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)
+    squares = jnp.abs(x) * (1 / step**2)
+    root = jnp.floor(jnp.sqrt(squares))
+    root = root + (squares - root**2 > threshold * (2 * root + 1))
+    root = jnp.clip(root, has_one_sign & (x != 0), jnp.where(has_one_sign, _ONE_SIGN, _TWO_SIGNS)).astype(jnp.int32)
+    return jnp.where(x < 0, -root, root) + zero_point
+
+
+def _power_of_two(exponent: Int[Array, "..."], lowest: int) -> Float[Array, "..."]:
+    # bfloat16 holds the same powers of two as float32.
+    return jnp.ldexp(jnp.float32(1), jnp.maximum(exponent, lowest)).astype(jnp.bfloat16)
