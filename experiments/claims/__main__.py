@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 import tqdm
 from absl import app, flags, logging
 
-from experiments import machine
+from experiments import machine, rooms
 from experiments.claims import harness, report
 
 ROOMS = ("quickstart", "optim")
-_ROOM = flags.DEFINE_string("room", "all", f"What to measure: all, {', '.join(ROOMS)}.")
 _ONLY = flags.DEFINE_string("only", None, "Regular expression: measure these claims alone, print them, record nothing.")
 _FRESH = flags.DEFINE_bool("fresh", False, "Forget what an unfinished run has measured already.")
 _FOLDER = flags.DEFINE_string("folder", "runs/claims", "Where an unfinished run keeps what it has measured.")
@@ -25,11 +24,8 @@ _FOLDER = flags.DEFINE_string("folder", "runs/claims", "Where an unfinished run 
 def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
-    if _ROOM.value not in ("all", *ROOMS):
-        print(f"error: --room={_ROOM.value} is not one of all, {', '.join(ROOMS)}", file=sys.stderr)
-        sys.exit(2)
+    chosen = rooms.chosen(ROOMS)
     print(machine.describe(), flush=True)
-    chosen = ROOMS if _ROOM.value == "all" else (_ROOM.value,)
     complete = [_measure_room(room) for room in chosen]
     sys.exit(0 if all(complete) else 1)
 
