@@ -2,7 +2,8 @@
 
 A claim is a function without arguments whose docstring was written before it was first run. The first line says what
 is claimed; lines that begin with `Direction:`, `Metric:` and `Budget:` say what would count as what. It returns an
-`Outcome`, or a tuple of them. Training loops, data and small networks for claims are in `experiments.claims.training`.
+`Outcome`, or a tuple of them. Training loops, data and small networks for claims are in `experiments.claims.training`,
+a byte language model on two domains in `experiments.claims.language`.
 
 Words: a *configuration* is a setting of the hyperparameters of one side, an *arm* is one side at its best
 configuration, an *effect* is a paired difference, positive in the direction that the claim states.

@@ -37,7 +37,7 @@ def minibatches(key: Key[Array, ""], num_examples: int, batch: int, steps: int) 
     """Indices of the examples of each step: every epoch another permutation, its last partial batch dropped."""
     per_epoch = num_examples // batch
     epochs = -(-steps // per_epoch)
-    orders = jax.vmap(lambda e: jax.random.permutation(jax.random.fold_in(key, e), num_examples))(jnp.arange(epochs))
+    orders = jax.vmap(lambda epoch: data.epoch_order(num_examples, epoch, key))(jnp.arange(epochs))
     return orders[:, : per_epoch * batch].reshape(-1, batch)[:steps]
 
 
