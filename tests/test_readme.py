@@ -5,8 +5,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from steelyard import losses as losses_lib
+from steelyard import optim
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -21,6 +23,21 @@ def test_the_borrowers_example_runs_and_is_ten_lines():
     # AdamP's first step moves every entry by about the learning rate, against the common direction of both tasks.
     assert bool(jnp.all(after < before))
     assert bool(jnp.all(names["params"]["bias"] == 0.0))
+
+
+def test_what_no_other_library_has_runs():
+    (block,) = [block for block in BLOCKS if "low_bit_state" in block]
+    params = {
+        "embed": {"embedding": jnp.ones((128, 64))},
+        "block": {"kernel": jnp.ones((64, 128)), "scale": jnp.ones(64)},
+    }
+    names = {"optim": optim, "optax": optax, "params": params}
+    exec(block, names)
+    updates, _ = names["tx"].update(jax.tree.map(jnp.ones_like, params), names["state"], params)
+    # AdamW's first step is the learning rate, and 1e-4 of it by decay; 8 bits move it by less than a hundredth.
+    assert bool(jnp.all(updates["block"]["scale"] == 0))
+    assert jnp.allclose(updates["block"]["kernel"], -1e-3, rtol=0.01)
+    assert jnp.allclose(updates["embed"]["embedding"], -1e-4, rtol=0.01)
 
 
 def test_the_composed_step_runs():

@@ -4,6 +4,7 @@ Domain a is source code of the standard library, domain b is other source code i
 swapped: another language in the same bytes, with the same punctuation and layout.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ def _swap_case(tokens: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
     return np.where((lower >= ord("a")) & (lower <= ord("z")), tokens ^ 32, tokens)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def rows_of(key: Key[Array, ""], steps: int, share_of_b: float) -> Int[Array, "steps batch"]:
     """Rows for some steps of training, each from domain b with this probability, else from a."""
     keys = jax.random.split(key, 3)
@@ -58,6 +60,12 @@ def train(
       `a` and `b`: loss after each step on a few held-out rows of the domain; `end_a` and `end_b`: the last loss on
       all of them, in nats a byte; `end`: their mean.
     """
+    # Rates as numbers, so that all schedules of a length share one program, which takes longer to compile than to run.
+    return _train(domains, jnp.asarray(schedule(jnp.arange(len(rows)))), rows, key)
+
+
+@jax.jit
+def _train(domains: Domains, rates: Float[Array, "steps"], rows: Int[Array, "steps batch"], key: Key[Array, ""]):
     model = models.transformer.Transformer(256, width=32, depth=1, heads=2, mlp_width=64)
     params = model.init(key, domains.a[:1, :-1])["params"]
 
@@ -70,6 +78,6 @@ def train(
     def watch(params):
         return loss(params, domains.a[::_EVERY]), loss(params, domains.b[::_EVERY])
 
-    params, _, (a, b) = training.fit(step_loss, params, optax.adam(schedule), rows, measure=watch)
+    params, _, (a, b) = training.fit(step_loss, params, optax.adam(lambda count: rates[count]), rows, measure=watch)
     ends = {"end_a": loss(params, domains.a), "end_b": loss(params, domains.b)}
     return {"a": a, "b": b, **ends, "end": (ends["end_a"] + ends["end_b"]) / 2}

@@ -259,12 +259,17 @@ def test_initialisation_leaves_the_statistics():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_ghost_statistics_of_half_precision_are_float32(dtype):
-    """A group of 512 threes: a sum in bfloat16 would stop growing, and 3 * 2^15 overflows float16."""
-    x = jnp.tile(jnp.asarray([[2.0, 4.0, 3.0], [4.0, 2.0, 3.0]], dtype), (2**14, 1))
+    """Sums over 2^14 examples, which in bfloat16 would stop growing and in float16 overflow.
+
+    The last feature is 3 and 3 + 2^-6: its mean, 3 + 2^-7, is no bfloat16 number, and its variance is 2^-14.
+    """
+    x = jnp.tile(jnp.asarray([[2.0, 4.0, 3.0], [4.0, 2.0, 3 + 2.0**-6]], dtype), (2**13, 1))
     y, stats = ghost(x, ghost_size=2**14, momentum=0.0)
     assert (y.dtype, stats["mean"].dtype, stats["var"].dtype) == (dtype, jnp.float32, jnp.float32)
-    np.testing.assert_allclose(stats["mean"], [3.0, 3.0, 3.0], rtol=1e-6)
-    np.testing.assert_allclose(stats["var"], [1.0, 1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(stats["mean"], [3.0, 3.0, 3 + 2.0**-7], rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], [1.0, 1.0, 2.0**-14], rtol=1e-3)
+    # Rounded once, to at least 8 bits.
+    np.testing.assert_allclose(y[:2].astype(jnp.float32), numpy_ghost(x[:2], 2)[0], rtol=2**-8)
     assert ghost(x[:4], dtype=jnp.float32)[0].dtype == jnp.float32
 
 

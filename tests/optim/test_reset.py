@@ -172,6 +172,23 @@ def test_quantized_moments(format, rows):
         np.testing.assert_array_equal(whole["v"], 1)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_low_bit_state(bits):
+    params = {"a": jnp.ones((16, 6)), "b": jnp.ones((16, 6))}
+    grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+    tx = optim.low_bit_state(optax.adam(0.1), bits=bits, min_size=16)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    entries = jnp.arange(96).reshape(16, 6) % 3 == 0
+    new = jax.jit(lambda s, m: optim.reset(s, m, tx=tx))(state, {"a": entries, "b": None})
+    for moment in ("mu", "nu"):
+        was, now = (optax.tree.get(s, moment) for s in (state, new))
+        assert isinstance(now["a"], formats.Quantized)
+        np.testing.assert_array_equal(now["a"].dense(), np.where(entries, 0, was["a"].dense()))
+        np.testing.assert_array_equal(now["b"].dense(), was["b"].dense())
+    whole = optim.reset(state, "a", tx=tx)
+    assert not np.any(optax.tree.get(whole, "nu")["a"].dense())
+
+
 @pytest.mark.parametrize("stack", [False, True], ids=["one", "stack"])
 def test_outliers_of_a_quantized_moment(stack):
     codes, index, outliers = np.ones((4, 3), np.int8), np.array([1, 5]), np.array([7.0, 8.0], np.float32)

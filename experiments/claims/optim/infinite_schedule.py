@@ -42,7 +42,7 @@ def infinite_schedule() -> tuple[harness.Outcome, ...]:
             rows = [language.rows_of(k, n, share) for k, share in zip(keys, shares, strict=True)]
             return language.train(domains, schedule(config["peak"]), jnp.concatenate(rows), key)
 
-        return harness.tune(run, {"peak": PEAKS}, seeds=SEEDS, metric="end", better="less")
+        return harness.tune(run, {"peak": PEAKS}, seeds=SEEDS, metric="end", better="less", vectorize=False)
 
     replayed = tune(cosine([n, n]), (0.0, 1 - REPLAY))
     union = tune(cosine([2 * n]), (0.5, 0.5))

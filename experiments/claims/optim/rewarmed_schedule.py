@@ -38,7 +38,7 @@ def rewarmed_schedule() -> tuple[harness.Outcome, ...]:
             rows = [language.rows_of(k, n, share) for k, share in zip(keys, shares, strict=True)]
             return language.train(domains, schedule, jnp.concatenate(rows), key)
 
-        return harness.tune(run, {"peak": PEAKS}, seeds=SEEDS, metric="end_b", better="less")
+        return harness.tune(run, {"peak": PEAKS}, seeds=SEEDS, metric="end_b", better="less", vectorize=False)
 
     rewarmed = tune(lambda peak: [peak, peak], [warmup, warmup], [0.0, 1.0])
     low = tune(lambda peak: [peak, peak / 10], [warmup, 0], [0.0, 1.0])

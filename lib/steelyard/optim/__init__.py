@@ -16,6 +16,7 @@ from steelyard.optim.convex_relu import (
 from steelyard.optim.halpern import HalpernResult, variance_reduced_halpern
 from steelyard.optim.halpern import halpern as halpern
 from steelyard.optim.loss_scale import DynamicLossScaleState, all_finite, current_loss_scale, dynamic_loss_scale
+from steelyard.optim.low_bit import LowBitState, low_bit_state
 from steelyard.optim.low_rank import GradNormLowRankState, grad_norm_low_rank
 from steelyard.optim.normalized import normalize_by_error
 from steelyard.optim.reset import reset as reset
@@ -42,6 +43,7 @@ __all__ = [
     "DynamicLossScaleState",
     "GradNormLowRankState",
     "HalpernResult",
+    "LowBitState",
     "StochasticRoundingState",
     "adamp",
     "adapt_regime",
@@ -63,6 +65,7 @@ __all__ = [
     "greedy_block",
     "halpern",
     "infinite_schedule",
+    "low_bit_state",
     "normalize_by_error",
     "one_cycle_momentum_schedule",
     "projection_level",

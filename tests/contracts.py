@@ -1,0 +1,476 @@
+"""The contract table: everything that the library exports, and how to put it through the tests of `test_contracts.py`.
+
+A line an export: its kind, its name and how to make it. The kind says which contracts hold for it; where one of them
+does not apply to an export, `excuses` says why. All kinds are turned into a `Program`, a start and a step on a tree of
+parameters and one of gradients, and the tests know nothing else.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from steelyard import aggregate, optim, precision, reparam
+
+PyTree = Any
+
+ROOMS = {"optim": optim, "aggregate": aggregate, "reparam": reparam}
+
+CONTRACTS = {
+    "jit": "jit gives what running op by op gives",
+    "vmap": "a leading axis of independent problems gives each problem's own result",
+    "x64": "with 64 bits, float64 leaves stay so and float32 leaves are not widened",
+    "dtype": "bfloat16 and float32 leaves keep their dtypes, in updates and in states",
+    "none": "`None` leaves stay `None`",
+    "scalar": "the tree may be a bare scalar",
+    "empty": "the tree may be empty",
+    "length_one": "leaves may have length 1",
+    "zero": "zero gradients give finite results",
+    "frameworks": "parameters may be those of NNX, Equinox and Haiku",
+    "sharding": "what is shaped like a parameter stays where the parameter is",
+    "extra_args": "unknown extra arguments do no harm and reach what is wrapped or comes later",
+    "restore": "a state is saved and restored to the same bits",
+    "recompile": "the second step runs the first one's program",
+}
+
+_TREE = {"jit", "vmap", "x64", "dtype", "none", "scalar", "empty", "length_one", "zero", "frameworks", "sharding"}
+_TREE |= {"recompile"}
+KINDS: dict[str, set[str]] = {
+    "transform": _TREE | {"extra_args", "restore"},
+    "aggregator": _TREE | {"extra_args", "restore"},
+    "reparam": _TREE | {"restore"},
+    "gradient": _TREE,  # instead of jax.value_and_grad
+    "tree": _TREE,  # other functions of trees, solvers among them
+    "array": {"jit", "vmap", "x64", "dtype", "zero", "recompile"},  # functions of one matrix
+    "schedule": {"jit", "vmap", "zero", "recompile"},
+    "host": set(),  # runs in Python, before training or after it
+    "type": set(),
+}
+
+
+class Program(NamedTuple):
+    """An export, set up for a test.
+
+    Attributes:
+      init: `params -> carry`, what persists between steps.
+      step: `(carry, grads) -> (outputs, carry)`.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+class Entry(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+      name: room and export, as in "optim.adamp".
+      kind: one of `KINDS`.
+      program: makes the program; `None` for kinds without contracts.
+      like_params: whether the outputs are a tree like the parameters.
+      excuses: contracts that do not apply to it, with the reason.
+      chained: for transformations and aggregators: `inner -> transformation` in which extra arguments must reach
+        `inner`, which is wrapped or comes next.
+      extra: for these, `params -> extra arguments` that it needs.
+    """
+
+    name: str
+    kind: str
+    program: Callable[[], Program] | None = None
+    like_params: bool = False
+    excuses: Mapping[str, str] = {}
+    chained: Callable[[Any], Any] | None = None
+    extra: Callable[[PyTree], dict[str, Any]] | None = None
+
+    @property
+    def contracts(self) -> set[str]:
+        return KINDS[self.kind] - set(self.excuses)
+
+
+def under(contract: str) -> list[Entry]:
+    """The entries for which a contract is to be tested."""
+    return [entry for entry in ENTRIES if contract in entry.contracts]
+
+
+# Kinds.
+
+
+def _no_extra(params):
+    del params
+    return {}
+
+
+def transform(name, make, *, extra=_no_extra, **rest) -> Entry:
+    """`make() -> transformation`; `extra(params)` are the extra arguments it needs."""
+
+    def program():
+        tx = optax.with_extra_args_support(make())
+
+        def step(carry, grads):
+            params, state = carry
+            updates, state = tx.update(grads, state, params, **extra(params))
+            return updates, (optax.apply_updates(params, updates), state)
+
+        return Program(lambda params: (params, tx.init(params)), step)
+
+    entry = Entry(name, "transform", program, True, extra=extra, chained=lambda inner: optax.chain(make(), inner))
+    return entry._replace(**rest)
+
+
+def wrapper(name, make, *, extra=_no_extra, **rest) -> Entry:
+    """`make(inner) -> transformation`."""
+    return transform(name, lambda: make(optax.adam(0.1)), extra=extra, chained=make, **rest)
+
+
+def rows(params, grads):
+    """Three gradients from one, all zero if it is."""
+    return jax.tree.map(lambda p, g: jnp.stack([g, g * g / 2, -g * jnp.cos(p).astype(g.dtype)]), params, grads)
+
+
+_LOSSES = (1.0, 2.0, 3.0)
+
+
+def aggregator(name, make, **rest) -> Entry:
+    """`make() -> aggregator` of three gradients."""
+
+    def program():
+        tx = make()
+
+        def step(carry, grads):
+            params, state = carry
+            update, state = tx.update(rows(params, grads), state, params, losses=jnp.asarray(_LOSSES))
+            return update, (params, state)
+
+        return Program(lambda params: (params, tx.init(params)), step)
+
+    def extra(params):
+        del params
+        return {"losses": jnp.asarray(_LOSSES)}
+
+    entry = Entry(name, "aggregator", program, True, extra=extra, chained=lambda inner: optax.chain(make(), inner))
+    return entry._replace(**rest)
+
+
+def reparameterization(name, make, **rest) -> Entry:
+    """`make() -> Reparam`; a step is one of gradient descent on the stored parameters."""
+
+    def program():
+        link = make()
+
+        def step(carry, grads):
+            (stored, state), at = carry, dict(step=jnp.int32(1), rng=jax.random.key(0))
+            seen, pull = jax.vjp(lambda s: link.apply(s, state, train=True, **at), stored)
+            (pulled,) = pull(jax.tree.map(lambda x, g: g.astype(x.dtype), seen, grads))
+            stored = link.project(jax.tree.map(lambda x, d: x - d.astype(x.dtype) / 8, stored, pulled), state)
+            return seen, (stored, link.update(state, stored, pulled, **at))
+
+        return Program(lambda params: link.init(params, jax.random.key(0)), step)
+
+    return Entry(name, "reparam", program, True)._replace(**rest)
+
+
+def gradient(name, make, **rest) -> Entry:
+    """`make() -> (params, batch) -> grads`."""
+    return tree(name, make, like_params=True, kind="gradient", **rest)
+
+
+def tree(name, make, **rest) -> Entry:
+    """`make() -> (params, grads) -> outputs`."""
+
+    def program():
+        fn = make()
+        return Program(lambda params: params, lambda params, grads: (fn(params, grads), params))
+
+    return Entry(name, "tree", program)._replace(**rest)
+
+
+def leafwise(name, make, **rest) -> Entry:
+    """`make() -> (param, grad) -> output`, on each leaf."""
+    return tree(name, lambda: functools.partial(jax.tree.map, make()), **rest)
+
+
+def array(name, make, **rest) -> Entry:
+    """`make() -> (param, grad) -> outputs`, on one matrix."""
+    return tree(name, make, kind="array", **rest)
+
+
+def schedule(name, make, **rest) -> Entry:
+    """`make() -> count -> value`."""
+
+    def program():
+        fn = make()
+        return Program(lambda params: jnp.zeros((), jnp.int32), lambda count, grads: (fn(count), count + 1))
+
+    return Entry(name, "schedule", program)._replace(**rest)
+
+
+def host(name, reason) -> Entry:
+    return Entry(name, "host", excuses={"all": reason})
+
+
+def a_type(name) -> Entry:
+    return Entry(name, "type")
+
+
+# What the lines below are made of.
+
+
+def _everywhere(path, leaf) -> bool:
+    """A selector that may select nothing, which a pattern may not."""
+    del path, leaf
+    return True
+
+
+def _masks(params):
+    return jax.tree.map(lambda p: p > 0, params)
+
+
+def _loss(params, batch):
+    """Differs from zero in every entry of both; its gradient is zero where the batch is."""
+    return _total(lambda p, b: b * jnp.tanh(p), params, batch)
+
+
+def _losses(params, batch):
+    """Three losses with gradients in different directions."""
+    others = (lambda p, b: b * p**2 / 2), (lambda p, b: b**2 * jnp.sin(p))
+    return jnp.stack([_loss(params, batch), *(_total(fn, params, batch) for fn in others)])
+
+
+def _total(fn, *trees):
+    sums = jax.tree.map(lambda *leaves: jnp.sum(fn(*map(precision.wide, leaves))), *trees)
+    return sum(jax.tree.leaves(sums), start=jnp.float32(0))
+
+
+def _sam():
+    wrapped = optim.sam_value_and_grad(jax.value_and_grad(_loss))
+    return lambda params, batch: wrapped(params, batch)[1]
+
+
+def _weighted():
+    fn = aggregate.weighted_gradient(_losses)
+    return lambda params, batch: fn(params, jnp.asarray(_LOSSES), batch)[1]
+
+
+def _aggregated():
+    fn = aggregate.value_and_grad(_losses, aggregate.conflict_free())
+    return lambda params, batch: fn(params, aggregate.conflict_free().init(params), batch)[1]
+
+
+def _aggregated_at():
+    rule = aggregate.conflict_free()
+    fn = aggregate.value_and_grad_at(
+        lambda params, batch: jax.tree.map(lambda p: jnp.tanh(precision.wide(p)), params),
+        lambda params, z, batch: _losses(z, batch),
+        rule,
+    )
+    return lambda params, batch: fn(params, rule.init(params), batch)[1]
+
+
+def _upper(x, y):
+    return _loss(x, y) + _loss(y, y)
+
+
+def _lower(x, y):
+    return _total(lambda a, b: (a - b) ** 2 / 2, x, y)
+
+
+def _bilevel(x, y):
+    return optim.bilevel_penalty_gradient(_upper, _lower, x, y, jax.tree.map(jnp.tanh, y), penalty=1.0)
+
+
+def _bilevel_step(x, y):
+    state = optim.BilevelState(x, y, y)
+    return optim.bilevel_penalty_step(_upper, _lower, state, penalty=1.0, outer_lr=0.1, inner_lr=0.1, inner_steps=2).x
+
+
+def _halpern(params, grads):
+    """A zero of u - grads."""
+    operator = functools.partial(jax.tree.map, lambda g, u: u - g, grads)
+    return optim.halpern(operator, params, lipschitz=1.0, num_steps=3).solution
+
+
+def _random_halpern(params, grads):
+    def operator(u, indices):
+        return jax.tree.map(lambda g, x: x - g * jnp.mean(indices).astype(g.dtype), grads, u)
+
+    return optim.variance_reduced_halpern(
+        operator, params, num_components=4, lipschitz=1.0, num_steps=3, rng=jax.random.key(0)
+    ).solution
+
+
+def _surrogate_step(params, grads):
+    return optim.target_surrogate_step(
+        lambda p: jnp.stack([_loss(p, grads), 2 * _loss(p, p)]),
+        lambda z: jnp.square(z - 1),
+        params,
+        step_size=0.1,
+        inner_steps=2,
+        inner=optax.sgd(0.1),
+    )
+
+
+_BLOCKS = ((0, 1, 2, 3), (4, 5, 6, 7))
+
+
+def _block_scores(p, g):
+    return optim.block_scores(g[:, 0], jnp.asarray(_BLOCKS), lipschitz=jnp.ones(2))
+
+
+def _convex_relu(solve):
+    def fn(p, g):
+        x = jnp.stack([p[:, 0], jnp.ones_like(p[:, 0])], axis=1)
+        patterns = (x @ jnp.asarray([[1, -1, 0.5], [0, 1, -0.2]], x.dtype)).T > 0
+        return solve(x, g[:, 0], patterns)
+
+    return fn
+
+
+def _convex_relu_objective(x, y, patterns):
+    v = jnp.ones((len(patterns), x.shape[1]), x.dtype)
+    return optim.convex_relu_objective(x, y, patterns, v, 2 * v, beta=0.1)
+
+
+def _reset(params, grads):
+    tx = optax.adam(0.1)
+    state = tx.init(params)
+    state = optax.tree.map_params(tx, lambda moment, g: g.astype(moment.dtype), state, grads)
+    return optim.reset(state, _masks(params), tx=tx)[0].mu
+
+
+_NEEDS_LEAVES = {"empty": "the number of gradients is read from the leaves"}
+
+ENTRIES = [
+    # optim
+    a_type("optim.BilevelState"),
+    a_type("optim.ConvexRelu"),
+    a_type("optim.DecayGradientFlowState"),
+    a_type("optim.DynamicLossScaleState"),
+    a_type("optim.GradNormLowRankState"),
+    a_type("optim.HalpernResult"),
+    a_type("optim.LowBitState"),
+    a_type("optim.StochasticRoundingState"),
+    transform("optim.adamp", lambda: optim.adamp(0.1, weight_decay=0.1)),
+    host("optim.adapt_regime", "numbers to numbers"),
+    tree("optim.all_finite", lambda: lambda params, grads: optim.all_finite((params, grads))),
+    gradient("optim.bilevel_penalty_gradient", lambda: _bilevel),
+    tree("optim.bilevel_penalty_step", lambda: _bilevel_step, like_params=True),
+    transform("optim.block_coordinate", lambda: optim.block_coordinate(rule="gs")),
+    array("optim.block_direction", lambda: lambda p, g: optim.block_direction(g[:, 0], jnp.arange(3), lipschitz=2.0)),
+    array("optim.block_scores", lambda: _block_scores),
+    wrapper("optim.by_path", lambda inner: optim.by_path({}, default=inner)),
+    array("optim.convex_relu_admm", lambda: _convex_relu(functools.partial(optim.convex_relu_admm, num_steps=3))),
+    host("optim.convex_relu_network", "the width of the network depends on values"),
+    array("optim.convex_relu_objective", lambda: _convex_relu(_convex_relu_objective)),
+    host("optim.convex_relu_patterns", "the number of patterns depends on values"),
+    tree(
+        "optim.current_loss_scale",
+        lambda: lambda params, grads: optim.current_loss_scale(optim.dynamic_loss_scale(optax.sgd(0.1)).init(params)),
+    ),
+    transform("optim.decay_gradient_flow", lambda: optim.decay_gradient_flow(0.5, masks=_masks)),
+    wrapper(
+        "optim.dynamic_loss_scale",
+        optim.dynamic_loss_scale,
+        excuses={"dtype": "updates are float32 at least, for master weights"},
+    ),
+    transform("optim.grad_norm_low_rank", lambda: optim.grad_norm_low_rank(0.1, rank=2)),
+    array("optim.greedy_block", lambda: lambda p, g: optim.greedy_block(g[:, 0], 2, diagonal=jnp.ones(8))),
+    tree("optim.halpern", lambda: _halpern, like_params=True),
+    schedule(
+        "optim.infinite_schedule",
+        lambda: optim.infinite_schedule(1.0, 0.5, 0.1, warmup_steps=2, cooldown_steps=3),
+    ),
+    wrapper("optim.low_bit_state", functools.partial(optim.low_bit_state, min_size=16)),
+    transform("optim.normalize_by_error", optim.normalize_by_error, extra=lambda params: {"error": jnp.float32(0.25)}),
+    schedule("optim.one_cycle_momentum_schedule", lambda: optim.one_cycle_momentum_schedule(10)),
+    leafwise("optim.projection_level", lambda: optim.projection_level),
+    schedule("optim.refined_schedule", lambda: optim.refined_schedule([1.0, 2.0, 1.5, 1.0])),
+    host("optim.refined_schedule_values", "numbers to numbers"),
+    tree("optim.reset", lambda: _reset, like_params=True),
+    schedule("optim.rewarmed_cosine_schedule", lambda: optim.rewarmed_cosine_schedule(1.0, 0.1, phase_steps=[3, 4])),
+    gradient("optim.sam_value_and_grad", _sam),
+    transform("optim.scale_by_adamp", lambda: optim.scale_by_adamp(weight_decay=0.1)),
+    transform("optim.scale_by_sgdp", lambda: optim.scale_by_sgdp(weight_decay=0.1)),
+    transform("optim.sgdp", lambda: optim.sgdp(0.1, weight_decay=0.1)),
+    wrapper("optim.sparse", optim.sparse, extra=lambda params: {"masks": _masks(params)}),
+    transform(
+        "optim.stochastic_rounding",
+        lambda: optim.stochastic_rounding(key=jax.random.key(0)),
+        excuses={"dtype": "updates of half precision are float32, so that adding them rounds once"},
+    ),
+    wrapper("optim.tangent_projection", lambda inner: optim.tangent_projection(inner, weight_decay=0.1)),
+    array("optim.target_surrogate", lambda: lambda p, g: optim.target_surrogate(p, jnp.cos(p), g, step_size=0.5)),
+    tree("optim.target_surrogate_step", lambda: _surrogate_step, like_params=True),
+    tree("optim.variance_reduced_halpern", lambda: _random_halpern, like_params=True),
+    # aggregate
+    a_type("aggregate.Aggregator"),
+    a_type("aggregate.LossBalancerState"),
+    a_type("aggregate.Report"),
+    tree(
+        "aggregate.combine",
+        lambda: lambda params, grads: aggregate.combine(jnp.asarray(_LOSSES), rows(params, grads)),
+        like_params=True,
+        excuses=_NEEDS_LEAVES,
+    ),
+    aggregator("aggregate.conflict_free", aggregate.conflict_free, excuses=_NEEDS_LEAVES),
+    host("aggregate.count_rows", "shapes to a number"),
+    aggregator(
+        "aggregate.from_gram",
+        lambda: aggregate.from_gram(lambda gram, losses, state: (jnp.diagonal(gram), state)),
+        excuses=_NEEDS_LEAVES,
+    ),
+    aggregator(
+        "aggregate.from_losses",
+        lambda: aggregate.from_losses(lambda losses, state: (losses, state)),
+        excuses=_NEEDS_LEAVES,
+    ),
+    tree(
+        "aggregate.gram",
+        lambda: lambda params, grads: aggregate.gram(rows(params, grads)),
+        excuses=_NEEDS_LEAVES,
+    ),
+    aggregator(
+        "aggregate.loss_balancer",
+        lambda: aggregate.loss_balancer([1.0, 2.0, 3.0], per_example=False),
+        excuses=_NEEDS_LEAVES,
+    ),
+    aggregator("aggregate.mean", aggregate.mean, excuses=_NEEDS_LEAVES),
+    aggregator(
+        "aggregate.static",
+        lambda: aggregate.static(jnp.asarray(_LOSSES)),
+        excuses=_NEEDS_LEAVES,
+    ),
+    gradient("aggregate.value_and_grad", _aggregated, excuses=_NEEDS_LEAVES),
+    gradient("aggregate.value_and_grad_at", _aggregated_at, excuses=_NEEDS_LEAVES),
+    gradient("aggregate.weighted_gradient", _weighted),
+    # reparam
+    a_type("reparam.Curve"),
+    a_type("reparam.Reparam"),
+    a_type("reparam.WeightNormed"),
+    reparameterization(
+        "reparam.cast", reparam.cast, excuses={"dtype": "it is what it changes", "x64": "it is what it changes"}
+    ),
+    reparameterization(
+        "reparam.chain",
+        lambda: reparam.chain(reparam.masked(_masks), reparam.fake_quant("int8", where=_everywhere)),
+    ),
+    leafwise("reparam.compand", lambda: lambda p, g: reparam.compand(p), like_params=True),
+    leafwise("reparam.expand", lambda: lambda p, g: reparam.expand(p), like_params=True),
+    reparameterization("reparam.fake_quant", lambda: reparam.fake_quant("int8", where=_everywhere)),
+    reparameterization("reparam.identity", reparam.identity),
+    leafwise("reparam.lsq", lambda: lambda p, g: reparam.lsq(p, jnp.float32(0.1), bits=8), like_params=True),
+    leafwise("reparam.lsq_init", lambda: lambda p, g: reparam.lsq_init(g, bits=8)),
+    reparameterization("reparam.masked", lambda: reparam.masked(_masks, backward="chain")),
+    reparameterization("reparam.nm_sparse", lambda: reparam.nm_sparse(2, 4, where=_everywhere)),
+    reparameterization("reparam.only", lambda: reparam.only(reparam.masked(_masks), _everywhere)),
+    leafwise("reparam.soft_masked", lambda: lambda p, g: reparam.soft_masked(p, p > 0, 0.5), like_params=True),
+    leafwise("reparam.sr_ste", lambda: lambda p, g: reparam.sr_ste(p, p > 0), like_params=True),
+    leafwise("reparam.straight_through", lambda: lambda p, g: reparam.straight_through(p, p > 0), like_params=True),
+    reparameterization("reparam.weight_compander", lambda: reparam.weight_compander(learn=True)),
+    reparameterization("reparam.weight_norm", reparam.weight_norm),
+    array("reparam.weight_norm_data_init", lambda: reparam.weight_norm_data_init),
+    array("reparam.weight_norm_merge", lambda: lambda p, g: reparam.weight_norm_merge(p, g[:1])),
+    array("reparam.weight_norm_split", lambda: lambda p, g: reparam.weight_norm_split(g)),
+]

@@ -1,0 +1,338 @@
+"""One set of tests over everything exported: see `contracts.CONTRACTS` for what holds, `contracts.ENTRIES` for whom."""
+
+import functools
+import os
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from steelyard import tree
+from steelyard.train import sharding, stored
+from tests import contracts
+
+# One tree for most tests, so that an entry is compiled once: None, a scalar, length 1 and half precision are in it.
+SHAPES = {
+    "dense": {"kernel": ((8, 4), "float32"), "bias": ((4,), "float32"), "none": None},
+    "half": ((8, 4), "bfloat16"),
+    "one": {"kernel": ((1, 1), "float32"), "bias": ((1,), "float32")},
+    "scalar": ((), "float32"),
+}
+MATRIX = ((8, 4), "float32")
+
+
+def shapes_of(spec):
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(*s), spec, is_leaf=lambda s: isinstance(s, tuple))
+
+
+def numbers(shapes, seed):
+    """Numbers in (0.2, 1) of either sign: far from where masks, rounding and norms decide."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.uniform(0.2, 1, s.shape) * rng.choice([-1, 1], s.shape), s.dtype), shapes
+    )
+
+
+def spec_of(entry):
+    return MATRIX if entry.kind == "array" else SHAPES
+
+
+def params_and_grads(entry, seed=0):
+    shapes = shapes_of(spec_of(entry))
+    return numbers(shapes, 2 * seed), numbers(shapes, 2 * seed + 1)
+
+
+class Run:
+    """An entry's program, compiled once, and what two steps of it have given."""
+
+    def __init__(self, entry):
+        self.program = entry.program()
+        self.params, self.grads = params_and_grads(entry)
+        self.step = jax.jit(self.program.step)
+        self.start = self.program.init(self.params)
+        self.outputs, self.carry = self.step(self.start, self.grads)
+        _, self.second = self.step(self.carry, self.grads)
+
+
+@functools.cache
+def run(name):
+    return Run(next(entry for entry in contracts.ENTRIES if entry.name == name))
+
+
+def over(contract):
+    return pytest.mark.parametrize("entry", contracts.under(contract), ids=lambda entry: entry.name)
+
+
+def assert_close(got, expected):
+    """Differently compiled sums of a few dozen float32 numbers near 1; bfloat16 may be rounded the other way."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for (path, a), (_, b) in zip(tree.flatten(got), tree.flatten(expected), strict=True):
+        tolerance = 2.0**-7 if a.dtype == jnp.bfloat16 else 2e-5
+        a, b = (np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else as_bits(x) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=path)
+
+
+def as_bits(x):
+    x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return np.asarray(x)
+
+
+def assert_like_params(outputs, params):
+    expected = {path: (x.shape, x.dtype) for path, x in tree.flatten(params)}
+    assert {path: (x.shape, x.dtype) for path, x in tree.flatten(outputs)} == expected
+    assert jax.tree.structure(outputs) == jax.tree.structure(params)
+
+
+def avals(carry):
+    return [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in jax.tree.leaves(carry)]
+
+
+def traced(entry, shapes):
+    """Shapes of outputs and of two carries, without running anything."""
+    program = entry.program()
+    start = jax.eval_shape(program.init, shapes)
+    outputs, carry = jax.eval_shape(program.step, start, shapes)
+    return outputs, start, carry
+
+
+# The table itself.
+
+
+@pytest.mark.parametrize("room", contracts.ROOMS)
+def test_the_table_lists_what_is_exported(room):
+    listed = [name.partition(".")[2] for name in (e.name for e in contracts.ENTRIES) if name.startswith(f"{room}.")]
+    assert sorted(listed) == sorted(contracts.ROOMS[room].__all__)
+
+
+def test_every_contract_has_a_test_and_holds_for_something():
+    assert set().union(*contracts.KINDS.values()) == set(contracts.CONTRACTS)
+    assert all(f"test_{contract}" in globals() for contract in contracts.CONTRACTS)
+
+
+def test_every_excuse_is_for_a_contract_and_has_a_reason():
+    for entry in contracts.ENTRIES:
+        allowed = contracts.KINDS[entry.kind] or {"all"}
+        assert set(entry.excuses) <= allowed, entry.name
+        assert all(len(reason) > 10 for reason in entry.excuses.values()), entry.name
+        assert entry.kind != "host" or entry.excuses, entry.name
+
+
+@pytest.mark.parametrize("entry", contracts.ENTRIES, ids=lambda entry: entry.name)
+def test_every_export_is_what_the_table_says(entry):
+    room, _, name = entry.name.partition(".")
+    export = getattr(contracts.ROOMS[room], name)
+    assert export.__doc__
+    assert isinstance(export, type) == (entry.kind == "type")
+    assert callable(export)
+
+
+# Contracts that one compiled program shows.
+
+
+@over("jit")
+def test_jit(entry):
+    done = run(entry.name)
+    assert_close(done.program.step(done.start, done.grads), (done.outputs, done.carry))
+
+
+@over("recompile")
+def test_recompile(entry):
+    done = run(entry.name)
+    assert done.step._cache_size() == 1
+    assert avals(done.second) == avals(done.carry) == avals(done.start)
+
+
+@over("zero")
+def test_zero(entry):
+    done = run(entry.name)
+    zeros = jax.tree.map(jnp.zeros_like, done.grads)
+    outputs, carry = done.step(done.start, zeros)
+    _, carry = done.step(carry, zeros)
+    for path, x in tree.flatten((outputs, carry)):
+        assert np.all(np.isfinite(as_bits(x).astype(np.float64))), path
+
+
+@over("none")
+def test_none(entry):
+    done = run(entry.name)
+    if entry.like_params:
+        assert done.outputs["dense"]["none"] is None
+        assert jax.tree.structure(done.outputs) == jax.tree.structure(done.params)
+
+
+@over("length_one")
+def test_length_one(entry):
+    done = run(entry.name)
+    if entry.like_params:
+        assert done.outputs["one"]["kernel"].shape == (1, 1)
+        assert done.outputs["one"]["bias"].shape == (1,)
+    assert all(np.all(np.isfinite(as_bits(x).astype(np.float64))) for x in jax.tree.leaves(done.second))
+
+
+@over("vmap")
+def test_vmap(entry):
+    done = run(entry.name)
+    params, grads = params_and_grads(entry, seed=1)
+    start = done.program.init(params)
+    both = jax.tree.map(lambda *xs: jnp.stack(xs), (done.start, done.grads), (start, grads))
+    results = jax.jit(jax.vmap(done.program.step))(*both)
+    assert_close(jax.tree.map(lambda x: x[0], results), (done.outputs, done.carry))
+    assert_close(jax.tree.map(lambda x: x[1], results), done.step(start, grads))
+
+
+# Contracts about shapes and dtypes: tracing shows them.
+
+
+@over("dtype")
+def test_dtype(entry):
+    spec = (MATRIX[0], "bfloat16") if entry.kind == "array" else SHAPES
+    shapes = shapes_of(spec)
+    outputs, start, carry = traced(entry, shapes)
+    if entry.like_params:
+        assert_like_params(outputs, shapes)
+    assert avals(carry) == avals(start)
+
+
+@over("x64")
+def test_x64(entry):
+    spec = jax.tree.map(
+        lambda s: s if s[1] == "bfloat16" or len(s[0]) == 1 else (s[0], "float64"),
+        spec_of(entry),
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
+    with jax.enable_x64(True):
+        shapes = shapes_of(spec)
+        outputs, start, carry = traced(entry, shapes)
+    if entry.like_params and "dtype" not in entry.excuses:
+        assert_like_params(outputs, shapes)
+    assert avals(carry) == avals(start)
+
+
+@over("scalar")
+def test_scalar(entry):
+    shapes = jax.ShapeDtypeStruct((), "float32")
+    outputs, start, carry = traced(entry, shapes)
+    if entry.like_params:
+        assert (outputs.shape == ()) or "dtype" in entry.excuses
+    assert avals(carry) == avals(start)
+
+
+@over("empty")
+def test_empty(entry):
+    for shapes in ({}, {"none": None}):
+        outputs, start, carry = traced(entry, shapes)
+        assert outputs == shapes or not entry.like_params
+        assert avals(carry) == avals(start)
+
+
+class Nested(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 2, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(2, 2, rngs=rngs)])
+
+
+@functools.cache
+def framework_params():
+    haiku = hk.transform(lambda x: hk.Linear(2)(x))
+    return {
+        "nnx": nnx.state(Nested(nnx.Rngs(0)), nnx.Param),
+        "equinox": eqx.filter(eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0)), eqx.is_array),
+        "haiku": haiku.init(jax.random.key(0), jnp.ones((1, 4))),
+    }
+
+
+@over("frameworks")
+def test_frameworks(entry):
+    params = framework_params()
+    outputs, start, carry = traced(entry, params)
+    if entry.like_params:
+        assert jax.tree.structure(outputs) == jax.tree.structure(params)
+    assert jax.tree.structure(carry) == jax.tree.structure(start)
+    assert avals(carry) == avals(start)
+
+
+# Extra arguments.
+
+
+@over("extra_args")
+def test_extra_args(entry):
+    seen = {}
+
+    def update(updates, state, params=None, **extra_args):
+        seen.update(extra_args)
+        return updates, state
+
+    tx = entry.chained(optax.GradientTransformationExtraArgs(optax.init_empty_state, update))
+    params, grads = params_and_grads(entry)
+    if entry.kind == "aggregator":
+        grads = contracts.rows(params, grads)
+
+    def step(params, grads):
+        extra = {**entry.extra(params), "unknown": jnp.ones(3)}
+        return tx.update(grads, tx.init(params), params, **extra)[0]
+
+    jax.eval_shape(step, params, grads)
+    assert "unknown" in seen
+
+
+# Sharding.
+
+
+@pytest.fixture(scope="module")
+def place():
+    return NamedSharding(sharding.make_mesh({"fsdp": 8}), PartitionSpec("fsdp"))
+
+
+@over("sharding")
+def test_sharding(entry, place):
+    shapes = {"kernel": jax.ShapeDtypeStruct((16, 4), "float32"), "bias": jax.ShapeDtypeStruct((8,), "float32")}
+    known = {s.shape for s in shapes.values()}
+    replicated = NamedSharding(place.mesh, PartitionSpec())
+    program = entry.program()
+    params, grads = numbers(shapes, 0), numbers(shapes, 1)
+    args = (program.init(params), grads)
+    shardings = jax.tree.map(lambda x: place if x.shape in known else replicated, args)
+    outputs, carry = jax.jit(program.step, in_shardings=shardings)(*jax.device_put(args, shardings))
+    for path, x in tree.flatten((outputs, carry)):
+        if x.shape in known:
+            assert x.sharding.is_equivalent_to(place, x.ndim), f"{path}: {x.sharding}"
+
+
+# Saving and restoring: all states in one checkpoint.
+
+
+def storable(entry):
+    """A state after two steps, as `train.checkpoint` would store it."""
+    return stored.nonempty(stored.key_data(stored.by_path(run(entry.name).second)))
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory):
+    import orbax.checkpoint as ocp
+
+    states = {}
+    for entry in contracts.under("restore"):
+        try:
+            states[entry.name.replace(".", "-")] = stored.nest(storable(entry))
+        except Exception:  # the test of this entry makes it again, and shows why
+            continue
+    path = os.fspath(tmp_path_factory.mktemp("contracts") / "states")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path, states)
+        return checkpointer.restore(path)
+
+
+@over("restore")
+def test_restore(entry, restored):
+    state = storable(entry)
+    found = dict(tree.flatten(restored[entry.name.replace(".", "-")]))
+    assert found.keys() == state.keys()
+    for path, x in state.items():
+        assert (found[path].shape, found[path].dtype) == (x.shape, x.dtype), path
+        assert np.asarray(found[path]).tobytes() == np.asarray(x).tobytes(), path
