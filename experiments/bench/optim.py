@@ -21,10 +21,17 @@ _TPU_SHAPES = {f"w{n}": (n, n) for n in (512, 1024, 2048, 4096)}
 
 
 class Case(NamedTuple):
-    """An optimizer, and the extra arguments of its update as a function of the parameters."""
+    """An optimizer.
+
+    Attributes:
+      tx: the optimizer.
+      extra: the extra arguments of its update, as a function of the parameters.
+      is_compiled: for a TPU too; singular value decompositions take it minutes each.
+    """
 
     tx: optax.GradientTransformation
     extra: Callable[[PyTree], dict[str, Any]] = lambda params: {}
+    is_compiled: bool = True
 
 
 def cases() -> dict[str, Case]:
@@ -38,15 +45,17 @@ def cases() -> dict[str, Case]:
         "optax.adamw": Case(adamw),
         "optax.lamb": Case(optax.lamb(1e-3)),
         "optax.contrib.muon": Case(optax.contrib.muon(1e-3)),
-        "adamp": Case(optim.adamp(1e-3, weight_decay=1e-4)),
+        "adamp, nothing projected": Case(optim.adamp(1e-3, weight_decay=1e-4, delta=0.0)),
+        "adamp, everything projected": Case(optim.adamp(1e-3, weight_decay=1e-4, delta=1e6)),
         "sgdp": Case(optim.sgdp(1e-3, weight_decay=1e-4)),
         "tangent_projection(lion)": Case(
             optax.chain(
                 optim.tangent_projection(optax.scale_by_lion(), weight_decay=1e-4), optax.scale_by_learning_rate(1e-3)
             )
         ),
-        "grad_norm_low_rank": Case(optim.grad_norm_low_rank(1e-3, rank=128)),
+        "grad_norm_low_rank": Case(optim.grad_norm_low_rank(1e-3, rank=128), is_compiled=False),
         "low_bit_state(adamw, bits=8)": Case(optim.low_bit_state(adamw, bits=8)),
+        "low_bit_state(adamw, bits=8, block=32)": Case(optim.low_bit_state(adamw, bits=8, block=32)),
         "low_bit_state(adamw, bits=4)": Case(optim.low_bit_state(adamw, bits=4)),
         "dynamic_loss_scale(adamw)": Case(optim.dynamic_loss_scale(adamw)),
         "sparse(adamw)": Case(optim.sparse(adamw), masks),
@@ -73,27 +82,31 @@ def bench() -> None:
     ]
     header = ["optimizer", "CPU time", "state, B/parameter", "v5e, B/parameter", "by its count", "temporaries, MiB"]
     for row in [header, *rows]:
-        print("  " + f"{row[0]:<34}" + "".join(f"{cell:>20}" for cell in row[1:]), flush=True)
+        print("  " + f"{row[0]:<42}" + "".join(f"{cell:>20}" for cell in row[1:]), flush=True)
     for name, timing_ in timings.items():
         print(f"  {name}: {1e3 * timing_.seconds:.1f} ms here")
     page.write("optim", [*_explanation(count, bool(moved)), "", *page.table(header, rows)])
 
 
+_ON_CPU = """
+An update of {count:.1f} million float32 parameters shaped like a transformer, and adding it. CPU time is a ratio to
+`optax.adamw`, median of rounds in which all take turns; `grad_norm_low_rank` is timed between two refreshes of its
+subspace.
+"""
+_ON_TPU = """
+v5e: bytes that the fusions read and write for each parameter of square matrices from 512 to 4096, compiled for a TPU
+v5e; empty where the program has loops or branches, whose bytes depend on how often they run, and where it was not
+compiled (singular value decompositions take minutes each). Two passes are AdamP's least: p, g, m, v read and m, v
+written (24 bytes), then p, m, v read and p written (16), 40 in all; AdamW's single pass is 28. "By its count": the
+compiler's own, with its prefetch copies.
+"""
+_NOT_ON_TPU = """
+Bytes on a TPU were not measured: the extra `tpu` was not installed.
+"""
+
+
 def _explanation(count: int, has_tpu: bool) -> list[str]:
-    lines = [
-        f"An update of {count / 1e6:.1f} million float32 parameters shaped like a transformer, and adding it. CPU time",
-        "is a ratio to `optax.adamw`, median of rounds in which all take turns; `grad_norm_low_rank` is timed between",
-        "two refreshes of its subspace.",
-    ]
-    if not has_tpu:
-        return [*lines, "Bytes on a TPU were not measured: the extra `tpu` was not installed."]
-    return [
-        *lines,
-        "v5e: bytes that the fusions read and write for each parameter of square matrices from 512 to 4096, compiled",
-        "for a TPU v5e; empty where the program has loops or branches, whose bytes depend on how often they run. Two",
-        "passes are AdamP's least: p, g, m, v read and m, v written (24), then p, m, v read and p written (16), in all",
-        "40; AdamW's single pass is 28. \"By its count\": the compiler's own, with its prefetch copies.",
-    ]
+    return (_ON_CPU.format(count=count / 1e6) + (_ON_TPU if has_tpu else _NOT_ON_TPU)).strip().splitlines()
 
 
 def _transformer_tree() -> PyTree:
@@ -134,7 +147,8 @@ def _tpu_bytes(chosen: dict[str, Case]) -> dict[str, tuple[str, str, str]]:
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in _TPU_SHAPES.items()}
     count = tree.size(shapes)
     result = {}
-    for name, case in tqdm.tqdm(chosen.items(), desc="compile for TPU", disable=None, leave=False):
+    compiled_cases = {name: case for name, case in chosen.items() if case.is_compiled}
+    for name, case in tqdm.tqdm(compiled_cases.items(), desc="compile for TPU", disable=None, leave=False):
         extra = jax.eval_shape(case.extra, shapes)
         state = (shapes, jax.eval_shape(case.tx.init, shapes))
         compiled = aot.compile_for(device, _update(case), state, (shapes, extra), donate_argnums=(0,))

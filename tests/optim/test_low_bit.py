@@ -33,7 +33,8 @@ def stored_by(bits, **options):
 def values(leaf):
     """A stored leaf in float64, from its codes: those of 4 bits are signed square roots."""
     codes = np.asarray(leaf.unpacked().astype(jnp.float32), np.float64)
-    scale, zero = (np.asarray(x, np.float64) for x in (leaf.scale, 0 if leaf.zero_point is None else leaf.zero_point))
+    scale = np.asarray(leaf.scale, np.float64)
+    zero = np.zeros_like(scale) if leaf.zero_point is None else np.asarray(leaf.zero_point, np.float64)
     repeat = [n // m for n, m in zip(leaf.shape, scale.shape, strict=True)]
     dense = (codes - np.kron(zero, np.ones(repeat))) * np.kron(scale, np.ones(repeat))
     return dense * np.abs(dense) if leaf.format == "int4" else dense
@@ -50,16 +51,15 @@ def round_trips(x, bits, steps, **options):
 
 
 def neighbours(x, bits):
-    """The grid's values around each entry, in float64; the scale of 4 bits is for blocks of 32 rows."""
+    """The grid's values around each entry, in float64; with 4 bits a column shares a scale."""
     x = np.asarray(x, np.float64)
     if bits == 8:
         step = 2.0 ** (np.floor(np.log2(np.abs(x))) - 2)
         return np.floor(x / step) * step, np.ceil(x / step) * step
-    blocks = np.abs(x).reshape(2, 32, -1)
     top = 15 if (x >= 0).all() else 7
-    scale = 2.0 ** np.ceil(np.log2(np.sqrt(blocks.max(1, keepdims=True)) / top))
-    root = np.floor(np.sqrt(blocks) / scale)
-    ends = ((np.stack([root, root + 1]) * scale) ** 2).reshape(2, *x.shape)
+    scale = 2.0 ** np.ceil(np.log2(np.sqrt(np.abs(x).max(0)) / top))
+    root = np.floor(np.sqrt(np.abs(x)) / scale)
+    ends = (np.stack([root, root + 1]) * scale) ** 2
     signed = np.sign(x) * ends
     return signed.min(0), signed.max(0)
 
@@ -173,9 +173,9 @@ def transformer_like():
     return {"a": jnp.ones((256, 512)), "b": jnp.ones((512, 128)), "bias": jnp.ones(512), "none": None}
 
 
-@pytest.mark.parametrize(("bits", "share"), [(8, 0.26), (4, 0.16)])
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.26), (4, 0.13)])
 def test_bytes_of_the_state(bits, share):
-    """8 bits: 1 of 4 bytes. 4 bits: half a byte, and for 32 of them 2 bytes of scale and 1 of zero point, 0.6 of 4."""
+    """8 bits: 1 of 4 bytes. 4 bits: half a byte, and 2 bytes of scale and 1 of zero point a column of 256 or 512."""
     params = transformer_like()
     low, full = optim.low_bit_state(optax.adamw(1e-3), bits=bits), optax.adamw(1e-3)
     assert tree.nbytes(jax.eval_shape(low.init, params)) < share * tree.nbytes(jax.eval_shape(full.init, params))
@@ -228,18 +228,47 @@ def test_empty_and_small_trees_are_the_inner_rule():
         jax.tree.map(np.testing.assert_array_equal, updates, expected)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_awkward_shapes(bits):
+@pytest.mark.parametrize(("bits", "block"), [(8, None), (8, 32), (4, None), (4, 32)])
+def test_awkward_shapes(bits, block):
     """Blocks that do not divide, two rows, an odd axis -2 (not packed), convolutions."""
     shapes = [(4096,), (4099, 2), (3, 3, 16, 32), (2, 4096), (65, 64)]
     xs = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-    tx = stored_by(bits)
+    tx = stored_by(bits, block=block)
     _, state = tx.update(xs, tx.init(xs), xs)
     for x, leaf in zip(xs, state.inner_state, strict=True):
         assert leaf.shape == x.shape
-        assert leaf.scale.size <= x.size / 8
+        assert leaf.scale.size <= x.size / 16
         # The widest step is that from 6/7 of the root to all of it, on a scale that may be twice as long.
         assert np.abs(values(leaf) - np.asarray(x)).max() <= (0.25 if bits == 8 else 0.5) * float(jnp.abs(x).max())
+
+
+def test_blocks_of_very_different_sizes_keep_their_digits_with_8_bits():
+    """Rows of a table that are hardly ever touched: below 22 octaves one scale for the leaf cannot tell them apart."""
+    x = jax.random.normal(jax.random.key(6), SHAPE).at[:32].multiply(1e-12)
+    whole, blocks = (round_trips(x, 8, 3, block=block)[-1] for block in (None, 32))
+    x = np.asarray(x, np.float64)
+    assert np.all(np.abs(whole[:32]) > 2 * np.abs(x[:32]))
+    np.testing.assert_allclose(blocks, x, rtol=0.25)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "scales"),
+    [
+        ((128, 64), None, (1, 64)),
+        ((128, 64), 32, (4, 64)),
+        ((120, 64), 32, (4, 64)),  # 30 is the largest divisor of 120 up to 32
+        ((127, 64), 32, (1, 64)),  # a prime: all of it
+        ((8, 1024), 32, (8, 32)),
+        ((4096,), 32, (128,)),
+        ((4096,), None, (1,)),
+    ],
+)
+def test_blocks(shape, block, scales):
+    tx = optim.low_bit_state(keep(), bits=4, block=block)
+    assert jax.eval_shape(tx.init, jnp.ones(shape)).inner_state.scale.shape == scales
+    if block is not None:
+        tx = optim.low_bit_state(keep(), bits=8, block=block)
+        assert jax.eval_shape(tx.init, jnp.ones(shape)).inner_state.scale.shape == scales
 
 
 def test_what_is_not_finite_stays_so():
@@ -310,12 +339,12 @@ def test_a_checkpoint_restores_the_state(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_sharded_state_follows_its_parameter(bits):
+@pytest.mark.parametrize(("bits", "block"), [(8, None), (8, 32), (4, None), (4, 32)])
+def test_sharded_state_follows_its_parameter(bits, block):
     """Codes are sharded as the parameter, nothing is gathered, and the codes are those of one device."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
-    tx = optim.low_bit_state(optax.scale_by_adam(), bits=bits)
+    tx = optim.low_bit_state(optax.scale_by_adam(), bits=bits, block=block)
     grads = jax.random.normal(jax.random.key(6), (256, 128))
     placed = jax.device_put(grads, sharding)
     alone, state = tx.init(grads), tx.init(placed)

@@ -1,5 +1,7 @@
 """The claims of the optim room, one module a method."""
 
+from experiments.claims.optim.adamp import adamp as adamp
+from experiments.claims.optim.adamp import sgdp
 from experiments.claims.optim.batch_size import batch_size as batch_size
 from experiments.claims.optim.bilevel import bilevel as bilevel
 from experiments.claims.optim.bilevel import bilevel_ridge
@@ -25,6 +27,7 @@ from experiments.claims.optim.weight_compander import weight_compander as weight
 from experiments.claims.optim.weight_norm import weight_norm as weight_norm
 
 __all__ = [
+    "adamp",
     "batch_size",
     "bilevel",
     "bilevel_ridge",
@@ -44,6 +47,7 @@ __all__ = [
     "rewarmed_schedule",
     "rms_norm",
     "sam",
+    "sgdp",
     "shuffling",
     "target_surrogate",
     "weight_compander",

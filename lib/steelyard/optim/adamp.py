@@ -11,7 +11,8 @@ scale-invariant, else 2 if the whole leaf does, else 0.
 
 Memory traffic: the four inner products that both views need are sums per channel, taken in one pass over the leaf;
 all else is a coefficient per channel, applied in a second pass. Compiled for a TPU, a float32 AdamP step reads and
-writes 40 bytes a parameter (AdamW 28) and keeps no temporary of a leaf's size. A CPU takes a pass for each product.
+writes 40 bytes a parameter (AdamW 28) and keeps no temporary of a leaf's size. XLA on CPU takes a pass for each
+product: there AdamP takes 1.5 to 1.8 times as long as AdamW while no weight is projected, and 2.5 when all are.
 
 Source: AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights (2021, Heo et al.).
 """

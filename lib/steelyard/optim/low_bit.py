@@ -6,13 +6,13 @@ never stored as zero. And an average with decay 0.999 moves by less than half a 
 rounded to nearest, it would stand still. So entries are *dithered*: rounded up with a frequency that is their
 remainder, by comparing it with a threshold d in [0, 1) that is a hash of the update's number, the leaf's path and the
 entry's index in the whole array. That costs a few integer operations, and does not depend on how arrays are sharded.
-Scales are powers of two, so that the grids stay where they are: an average that is on the grid then leaves it by a
-thousandth in each update, and wanders by about sqrt(step / 2) of the root of its value, and not by all of a step.
+Scales are powers of two, so that the grids stay where they are: a slow average v begins each update on its grid, leaves
+it by a thousandth, and so wanders about its true value with no more than a variance of v step / 2.
 
 | bits | codes | one scale for |
 | --- | --- | --- |
-| 8 | `fp8_e5m2`: four steps an octave, 22 octaves below the largest entry | the leaf |
-| 4 | `int4` codes of the signed square root, 15 values (7 on each side if signs differ) | `block` rows |
+| 8 | `fp8_e5m2`: four steps an octave, 22 octaves below the largest entry | the leaf, or `block` rows |
+| 4 | `int4` codes of signed square roots, 15 values (7 on each side if signs differ) | a column, or `block` rows |
 
 Square roots, because the values of 4 bits must reach far down: from 1 to 1/225. Rounding is unbiased in the value
 itself, not in its root; a bias of the root would add up over a thousand steps.
@@ -56,6 +56,8 @@ _MANTISSA, _BIAS, _SMALLEST, _LARGEST, _NAN = 2, 15, 0x04, 0x7B, 0x7F
 _INTERVAL, _GROWTH = 32, 4.0
 # The largest code of the roots, without and with entries of both signs.
 _ONE_SIGN, _TWO_SIGNS = 15, 7
+# A shorter axis does not pay for scales along it.
+_SHORT = 16
 
 
 class LowBitState(NamedTuple):
@@ -63,7 +65,8 @@ class LowBitState(NamedTuple):
 
     Attributes:
       count: number of updates made.
-      norms: float32, of the gradient of each large leaf when scales were last due; `None` with 4 bits.
+      norms: float32, of the gradient of each large leaf when scales were last due; `None` where they always are: with 4
+        bits or blocks.
       inner_state: that of the inner rule, with large moments as `formats.Quantized`.
     """
 
@@ -78,7 +81,7 @@ class _Scale(NamedTuple):
 
 
 def low_bit_state(
-    inner: optax.GradientTransformation, *, bits: int = 8, block: int = 32, min_size: int = 4096
+    inner: optax.GradientTransformation, *, bits: int = 8, block: int | None = None, min_size: int = 4096
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the moments of any rule in 8 or 4 bits.
 
@@ -88,17 +91,19 @@ def low_bit_state(
     its own. Codes have the parameter's shape (4 bits: two a byte along axis -2) and sharding. Wrap rules that edit the
     moments of others, such as `sparse`, on the inside.
 
-    AdamW with 8 bits keeps 2.0 bytes a parameter instead of 8, with 4 bits 1.2. On CPU an update of AdamW takes about
-    1.8 times as long with 8 bits and five times with 4, where the scales of all blocks are measured in each step.
+    AdamW with 8 bits keeps 2.0 bytes a parameter instead of 8, with 4 bits 1.0. On CPU an update of AdamW takes about
+    twice as long with 8 bits, and four to five times with blocks or 4 bits, where all scales are measured in each step.
 
     What is not finite shows in the update as ever. With 8 bits it stays in the state, as NaN; with 4 it may not.
 
     Args:
       inner: the rule; extra arguments are passed on.
       bits: of an entry, 8 or 4.
-      block: with 4 bits, how many entries along axis -2 (along the last of one axis, or where -2 is shorter than
-        half of this) share a scale; where it does not divide the axis, the largest divisor below does, or the whole
-        axis where that is less than half of it. To keep shards apart it must divide each shard's part.
+      block: how many entries along axis -2 (along the last, where -2 is shorter than 16) share a scale. `None`: with 8
+        bits the whole leaf, with 4 all along that axis. Fewer only pay where sizes differ much (tables of rare words):
+        all scales are then measured in each step, and a TPU moves up to three times as many bytes. Where it does not
+        divide the axis, the largest divisor below does, or the whole axis where that is less than half of it. It must
+        divide each shard's part, or entries are gathered.
       min_size: leaves with fewer entries are left as they are, as are those that mirror no parameter (counters) and
         those that are not of a floating dtype.
 
@@ -110,11 +115,12 @@ def low_bit_state(
     """
     if bits not in (8, 4):
         raise ValueError(f"bits={bits!r} is not one of 8, 4")
-    choices.require_within("block", block, "[1, inf)")
+    choices.require_within("block", 1 if block is None else block, "[1, inf)")
     choices.require_within("min_size", min_size, "[1, inf)")
     inner = optax.with_extra_args_support(inner)
 
-    measure = _leaf_scale if bits == 8 else functools.partial(_block_scale, block=block)
+    measure = functools.partial(_float_scale if bits == 8 else _root_scale, block=block)
+    is_always_due = bits == 4 or block is not None
 
     @jax.jit  # One program a shape: init is mostly called without jit, and would then run op by op.
     def encode_first(salt, x):
@@ -128,7 +134,7 @@ def low_bit_state(
             return encode_first(_salt(path), x) if is_moment and _is_large(x, min_size) else x
 
         # At least one: Orbax refuses arrays without entries.
-        norms = jnp.zeros(max(1, len(_large(params, min_size))), jnp.float32) if bits == 8 else None
+        norms = None if is_always_due else jnp.zeros(max(1, len(_large(params, min_size))), jnp.float32)
         return LowBitState(count, norms, tree_lib.map_with_path(encode, state, mirrors))
 
     def update(updates, state, params=None, **extra_args):
@@ -143,11 +149,11 @@ def low_bit_state(
         def measured():
             return [measure(x) for (_, leaf), x in zip(old, step()[1], strict=True) if formats.is_weight(leaf)]
 
-        if bits == 8:
+        if is_always_due:
+            scales, norms = measured(), state.norms
+        else:
             kept = [_Scale(leaf.scale, leaf.zero_point) for _, leaf in old if formats.is_weight(leaf)]
             scales, norms = _measured_if_due(measured, kept, _large(updates, min_size), state)
-        else:
-            scales, norms = measured(), state.norms
         new_updates, leaves = step()
         count, scales = state.count + 1, iter(scales)
         leaves = [
@@ -191,7 +197,7 @@ def _decode(leaf):
     # e5m2 is the upper half of float16, for which processors have an instruction; this halves the time of an update.
     halves = jax.lax.bitcast_convert_type(leaf.codes, jnp.uint8).astype(jnp.uint16) << np.uint16(8)
     codes = jax.lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)
-    return (codes * leaf.scale.astype(jnp.float32)).astype(leaf.dtype)
+    return (codes * _expand(leaf.scale, leaf.shape)).astype(leaf.dtype)
 
 
 def _encode(salt: UInt32[Array, ""], x: Float[Array, "..."], scale: _Scale, count: Int[Array, ""]) -> formats.Quantized:
@@ -215,9 +221,11 @@ def _dither(shape: Sequence[int], salt: UInt32[Array, ""], count: Int[Array, ""]
     return bits ^ (bits >> np.uint32(15))
 
 
-def _leaf_scale(x: Float[Array, "..."]) -> _Scale:
-    """The power of two of which the largest entry is 2^8 to 2^9."""
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(x), keepdims=True).astype(jnp.float32))
+def _float_scale(x: Float[Array, "..."], *, block: int | None) -> _Scale:
+    """The power of two of which the largest entry, of the leaf or of a block, is 2^8 to 2^9."""
+    values, axis = (x, None) if block is None else _split(x, block)
+    largest = jnp.max(jnp.abs(values), axis, keepdims=block is None)
+    _, exponent = jnp.frexp(largest.astype(jnp.float32))
     return _Scale(_power_of_two(exponent - 1 - _TOP, lowest=-100), None)
 
 
@@ -227,7 +235,7 @@ def _float_codes(x: Float[Array, "..."], scale: _Scale, dither: UInt32[Array, ".
     Converting (and rounding by arithmetic) is five times as dear where the dtype is emulated.
     """
     dropped = 23 - _MANTISSA
-    bits = jax.lax.bitcast_convert_type(x * (1 / scale.scale.astype(jnp.float32)), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x * (1 / _expand(scale.scale, x.shape)), jnp.uint32)
     magnitude = bits & np.uint32(0x7FFFFFFF)
     rounded = ((magnitude + (dither >> np.uint32(32 - dropped))) >> np.uint32(dropped)).astype(jnp.int32)
     code = jnp.clip(rounded - ((127 - _BIAS) << _MANTISSA), _SMALLEST, _LARGEST)
@@ -236,12 +244,10 @@ def _float_codes(x: Float[Array, "..."], scale: _Scale, dither: UInt32[Array, ".
     return jax.lax.bitcast_convert_type(code, jnp.float8_e5m2)
 
 
-def _block_scale(x: Float[Array, "..."], *, block: int) -> _Scale:
+def _root_scale(x: Float[Array, "..."], *, block: int | None) -> _Scale:
     """A power of two with which the root of the block's largest entry is on the grid."""
-    axis, size = _block(x.shape, block)
-    counts = calibration.block_counts(x.shape, [size if a == axis else 1 for a in range(x.ndim)])
-    blocks = x.astype(jnp.float32).reshape(*counts[: axis + 1], size, *counts[axis + 1 :])
-    low, high = jnp.min(blocks, axis + 1), jnp.max(blocks, axis + 1)
+    blocks, axis = _split(x.astype(jnp.float32), block)
+    low, high = jnp.min(blocks, axis), jnp.max(blocks, axis)
     highest = jnp.where(low >= 0, _ONE_SIGN, _TWO_SIGNS)
     largest = jnp.maximum(high, -low) / highest**2
     _, exponent = jnp.frexp(largest)
@@ -250,17 +256,25 @@ def _block_scale(x: Float[Array, "..."], *, block: int) -> _Scale:
     return _Scale(jnp.where(jnp.isfinite(largest), scale, jnp.nan), zero_point)
 
 
-def _block(shape: Sequence[int], block: int) -> tuple[int, int]:
+def _split(x: Float[Array, "..."], block: int | None) -> tuple[Array, int]:
+    """The array with an axis for what is inside the blocks, and which axis that is."""
+    axis, size = _block(x.shape, block)
+    counts = calibration.block_counts(x.shape, [size if a == axis else 1 for a in range(x.ndim)])
+    return x.reshape(*counts[: axis + 1], size, *counts[axis + 1 :]), axis + 1
+
+
+def _block(shape: Sequence[int], block: int | None) -> tuple[int, int]:
     """The axis along which entries share a scale, and how many do."""
-    axis = len(shape) - (2 if len(shape) > 1 and 2 * shape[-2] >= block else 1)
+    axis = len(shape) - (2 if len(shape) > 1 and shape[-2] >= _SHORT else 1)
     size = shape[axis]
+    block = size if block is None else block
     divisor = max(d for d in range(1, min(block, size) + 1) if size % d == 0)
     return axis, divisor if 2 * divisor >= block else size
 
 
 def _root_codes(x: Float[Array, "..."], scale: _Scale, dither: UInt32[Array, "..."]) -> Int[Array, "..."]:
     """Codes of signed square roots, dithered between the squares of neighbouring roots."""
-    step = quant_matmul.expand(scale.scale.astype(jnp.float32), x.shape)
+    step = _expand(scale.scale, x.shape)
     zero_point = quant_matmul.expand(scale.zero_point.astype(jnp.int32), x.shape)
     has_one_sign = zero_point < 0
     threshold = (dither >> np.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)
@@ -269,6 +283,10 @@ def _root_codes(x: Float[Array, "..."], scale: _Scale, dither: UInt32[Array, "..
     root = root + (squares - root**2 > threshold * (2 * root + 1))
     root = jnp.clip(root, has_one_sign & (x != 0), jnp.where(has_one_sign, _ONE_SIGN, _TWO_SIGNS)).astype(jnp.int32)
     return jnp.where(x < 0, -root, root) + zero_point
+
+
+def _expand(scale: Float[Array, "..."], shape: Sequence[int]) -> Float[Array, "..."]:
+    return quant_matmul.expand(scale.astype(jnp.float32), tuple(shape))
 
 
 def _power_of_two(exponent: Int[Array, "..."], lowest: int) -> Float[Array, "..."]:
