@@ -38,7 +38,6 @@ def _measure_room(room: str) -> bool:
     journal = report.Journal(pathlib.Path(_FOLDER.value) / f"{room}.jsonl")
     if _FRESH.value:
         journal.clear()
-        journal = report.Journal(journal.path)
     print(f"\n{room}: {len(claims)} claims", flush=True)
     rows = []
     with tqdm.tqdm(claims.items(), desc=room, unit="claim", disable=None, leave=False) as bar:

@@ -30,12 +30,17 @@ class Domains(NamedTuple):
     b: Int[Array, "held length"]
 
 
+def source(held_out: int) -> tuple[Int[np.ndarray, "rows length"], Int[np.ndarray, "held length"]]:
+    """Rows of Python source: all of the training files, and some spread over the test files."""
+    train, test = (data.load("python_source", split=s, length=_LENGTH).columns["tokens"] for s in ("train", "test"))
+    return train, test[:: len(test) // held_out][:held_out]
+
+
 def load() -> Domains:
     """Domain a is the first part of the training files and b the last; held-out rows come from the test files."""
-    train, test = (data.load("python_source", split=s, length=_LENGTH).columns["tokens"] for s in ("train", "test"))
-    spread = test[:: len(test) // (2 * _HELD_OUT)]
+    train, held_out = source(2 * _HELD_OUT)
     rows = np.concatenate([train[:_ROWS], _swap_case(train[-_ROWS:])])
-    return Domains(*map(jnp.asarray, (rows, spread[:_HELD_OUT], _swap_case(spread[_HELD_OUT : 2 * _HELD_OUT]))))
+    return Domains(*map(jnp.asarray, (rows, held_out[:_HELD_OUT], _swap_case(held_out[_HELD_OUT:]))))
 
 
 def _swap_case(tokens: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:

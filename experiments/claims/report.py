@@ -68,11 +68,15 @@ class Journal:
         """Writes a row to the file at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         outcomes = [outcome._asdict() for outcome in row.outcomes]
+        was_cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a") as file:
-            file.write(json.dumps({**row._asdict(), "outcomes": outcomes, "fingerprint": fingerprint}) + "\n")
+            file.write(
+                "\n" * was_cut + json.dumps({**row._asdict(), "outcomes": outcomes, "fingerprint": fingerprint}) + "\n"
+            )
 
     def clear(self) -> None:
-        """Forgets everything, once it stands elsewhere."""
+        """Forgets everything, once it stands elsewhere or is to be measured anew."""
+        self._rows.clear()
         self.path.unlink(missing_ok=True)
 
 
@@ -116,10 +120,9 @@ def _tally(rows: Sequence[Row]) -> str:
 
 
 def _page_line(row: Row, outcome: harness.Outcome) -> str:
-    part = f" ({outcome.part})" if outcome.part else ""
     margin = f"; margin {outcome.margin:g}" if outcome.margin else ""
     cells = [
-        f"`{row.name}`{part}: {row.statement}",
+        f"`{row.name}`{_part(outcome)}: {row.statement}",
         outcome.method,
         outcome.baseline,
         f"{effect(outcome)} {outcome.unit}{margin}",
@@ -132,7 +135,7 @@ def _page_line(row: Row, outcome: harness.Outcome) -> str:
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
     found = [
-        f"- `{row.name}`{f' ({outcome.part})' if outcome.part else ''}, {outcome.verdict}: {outcome.why}"
+        f"- `{row.name}`{_part(outcome)}, {outcome.verdict}: {outcome.why}"
         for row in rows
         for outcome in row.outcomes
         if outcome.verdict != "holds" and outcome.why
@@ -153,7 +156,7 @@ def effect(outcome: harness.Outcome) -> str:
 
 def table_line(row: Row, outcome: harness.Outcome) -> str:
     """One line of the table that the terminal shows."""
-    name = f"{row.name}{f' ({outcome.part})' if outcome.part else ''}"
+    name = row.name + _part(outcome)
     late = " (over the limit)" if row.seconds > LIMIT_SECONDS else ""
     return (
         f"{name:<52}{effect(outcome):>26} {outcome.unit:<36}{outcome.seeds:>3} seeds{row.seconds:>6.0f} s{late}  "
@@ -171,7 +174,9 @@ def forest(rows: Sequence[Row], path: pathlib.Path) -> None:
             _line(axis, place, row, outcome)
         axis.set(xlim=(-1.1, 1.1), ylim=(-0.8, len(entries) - 0.2), xticks=[-1, 0, 1])
         axis.set_xticklabels(["against the claim", "0", "as claimed"])
-        axis.set_yticks(range(len(entries)), [_label(*entry) for entry in reversed(entries)], fontsize=8)
+        axis.set_yticks(
+            range(len(entries)), [row.name + _part(outcome) for row, outcome in reversed(entries)], fontsize=8
+        )
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
         handles = [plt.Line2D([], [], color=color, marker="o", label=name) for name, color in _COLORS.items()]
@@ -189,8 +194,8 @@ def forest(rows: Sequence[Row], path: pathlib.Path) -> None:
         plt.close(figure)
 
 
-def _label(row: Row, outcome: harness.Outcome) -> str:
-    return f"{row.name}{f' ({outcome.part})' if outcome.part else ''}"
+def _part(outcome: harness.Outcome) -> str:
+    return f" ({outcome.part})" if outcome.part else ""
 
 
 def _line(axis: plt.Axes, place: int, row: Row, outcome: harness.Outcome) -> None:

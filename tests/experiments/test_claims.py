@@ -213,6 +213,10 @@ def test_the_journal_gives_back_what_was_written_and_survives_a_cut(tmp_path):
     assert again.get("a_claim", "code") == ROW
     assert again.get("a_claim", "other code") is None
     assert again.get("another", "code") is None
+    again.add(BAD, "code")  # not onto the line that was cut
+    assert report.Journal(path).get("another", "code") == BAD
+    again.clear()
+    assert again.get("a_claim", "code") is None
 
 
 def test_the_page_grows_and_keeps_what_stood_there(tmp_path):

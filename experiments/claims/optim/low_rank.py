@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.claims import harness, training
-from steelyard import data, models, optim
+from experiments.claims import harness, language, training
+from steelyard import models, optim
 from steelyard import tree as tree_lib
 
 SEEDS = 3
@@ -16,7 +16,7 @@ RATES = (3e-3, 1e-2, 3e-2)
 RANK = 8
 UPDATE_EVERY = 50
 MODEL = models.transformer.Transformer(256, width=32, depth=2, heads=2, mlp_width=64)
-_ROWS, _LENGTH, _BATCH, _HELD_OUT = 8000, 64, 4, 64
+_ROWS, _BATCH, _HELD_OUT = 8000, 4, 64
 
 
 def low_rank() -> tuple[harness.Outcome, ...]:
@@ -28,8 +28,8 @@ def low_rank() -> tuple[harness.Outcome, ...]:
     4 rows; rank 8 and a new subspace every 50 steps for both low-rank rules, scale 0.25; rates 3e-3, 1e-2, 3e-2 for
     all three; 3 seeds.
     """
-    train, test = (data.load("python_source", split=s, length=_LENGTH).columns["tokens"] for s in ("train", "test"))
-    rows, held_out = jnp.asarray(train[:_ROWS]), jnp.asarray(test[:: len(test) // _HELD_OUT][:_HELD_OUT])
+    train, held_out = map(jnp.asarray, language.source(_HELD_OUT))
+    rows = train[:_ROWS]
 
     def loss(params, tokens):
         return training.cross_entropy(MODEL.apply({"params": params}, tokens[:, :-1]), tokens[:, 1:])

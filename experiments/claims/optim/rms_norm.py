@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.claims import harness, training
-from steelyard import data, models
+from experiments.claims import harness, language, training
+from steelyard import models
 
 SEEDS = 3
 STEPS = 200
 RATES = (3e-3, 1e-2, 3e-2)
-_ROWS, _LENGTH, _BATCH, _HELD_OUT = 8000, 64, 8, 128
+_ROWS, _BATCH, _HELD_OUT = 8000, 8, 128
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "layer norm": functools.partial(nn.LayerNorm, use_fast_variance=False),
     "RMSNorm": models.RMSNorm,
@@ -32,8 +32,8 @@ def rms_norm() -> tuple[harness.Outcome, ...]:
     1e-2, 3e-2 on each side (3 configurations), 3 seeds. (First measured with 5, which took over a minute: the same
     verdicts.)
     """
-    train, test = (data.load("python_source", split=s, length=_LENGTH).columns["tokens"] for s in ("train", "test"))
-    rows, held_out = jnp.asarray(train[:_ROWS]), jnp.asarray(test[:: len(test) // _HELD_OUT][:_HELD_OUT])
+    train, held_out = map(jnp.asarray, language.source(_HELD_OUT))
+    rows = train[:_ROWS]
 
     def tune(norm):
         model = _Model(norm)

@@ -70,7 +70,7 @@ def block_scores(
     _check_vector("grad", grad)
     if jnp.ndim(blocks) != 2:
         raise ValueError(f"blocks has shape {jnp.shape(blocks)}; it must be [blocks, block size]")
-    block_grads = precision.wide(jnp.asarray(grad))[blocks]
+    block_grads = precision.wide(grad)[blocks]
     if rule == "gsd":
         diagonal = _constants("diagonal", diagonal, jnp.shape(grad), rule)
         return _norms(block_grads / jnp.sqrt(diagonal)[blocks])
@@ -114,7 +114,7 @@ def block_direction(
     if (lipschitz is None) == (hessian is None):
         raise ValueError("block_direction needs lipschitz (a gradient step) or hessian (a matrix step), and not both")
     _check_vector("grad", grad)
-    block_grad = precision.wide(jnp.asarray(grad))[block]
+    block_grad = precision.wide(grad)[block]
     if hessian is None:
         step = block_grad / _constants("lipschitz", lipschitz, (), None)
     else:
@@ -144,7 +144,7 @@ def greedy_block(grad: Float[Array, "n"], size: int, *, diagonal: Float[Array, "
     _check_vector("grad", grad)
     choices.require_within("size", size, f"[1, {jnp.shape(grad)[0]}]")
     diagonal = _constants("diagonal", diagonal, jnp.shape(grad), None)
-    return jax.lax.top_k(jnp.abs(precision.wide(jnp.asarray(grad))) / jnp.sqrt(diagonal), size)[1]
+    return jax.lax.top_k(jnp.abs(precision.wide(grad)) / jnp.sqrt(diagonal), size)[1]
 
 
 def block_coordinate(*, rule: str = "gsl", lipschitz: PyTree | None = None) -> optax.GradientTransformationExtraArgs:
@@ -183,7 +183,7 @@ def block_coordinate(*, rule: str = "gsl", lipschitz: PyTree | None = None) -> o
             raise ValueError(f"lipschitz has {len(bounds)} leaves, but the gradient has {len(leaves)}")
         if not leaves:
             return updates, state
-        norms = jnp.stack([_norms(jnp.ravel(precision.wide(jnp.asarray(g)))) for g in leaves])
+        norms = jnp.stack([_norms(jnp.ravel(precision.wide(g))) for g in leaves])
         scores = norms if rule == "gs" else norms / jnp.sqrt(jnp.stack(bounds))
         best = jnp.argmax(scores)
         chosen = [_keep_if(best == i, g, bound) for i, (g, bound) in enumerate(zip(leaves, bounds, strict=True))]
@@ -193,7 +193,7 @@ def block_coordinate(*, rule: str = "gsl", lipschitz: PyTree | None = None) -> o
 
 
 def _keep_if(condition, grad, bound):
-    wide = precision.wide(jnp.asarray(grad))
+    wide = precision.wide(grad)
     return jnp.where(condition, wide / bound.astype(wide.dtype), 0).astype(jnp.result_type(grad))
 
 
@@ -216,7 +216,7 @@ def _square(hessian: Array | None, grad: Array, rule: str | None) -> Array:
         raise ValueError(f"rule={rule!r} needs hessian")
     if jnp.shape(hessian) != 2 * jnp.shape(grad):
         raise ValueError(f"hessian has shape {jnp.shape(hessian)}, but grad has shape {jnp.shape(grad)}")
-    return precision.wide(jnp.asarray(hessian))
+    return precision.wide(hessian)
 
 
 def _constants(name: str, value: Any, shape: tuple[int, ...], rule: str | None) -> Array:
@@ -227,4 +227,4 @@ def _constants(name: str, value: Any, shape: tuple[int, ...], rule: str | None) 
         raise ValueError(f"{name} has shape {jnp.shape(value)}; it must have shape {shape}")
     if not isinstance(value, jax.core.Tracer) and np.size(value):
         choices.require_within(name, np.min(value), "(0, inf)")
-    return precision.wide(jnp.asarray(value))
+    return precision.wide(value)

@@ -62,7 +62,7 @@ def convex_relu_patterns(x: Float[Array, "n d"], num_patterns: int, rng: Key[Arr
     """
     choices.require_within("num_patterns", num_patterns, "[1, inf)")
     _check_matrix(x)
-    x = precision.wide(jnp.asarray(x))
+    x = precision.wide(x)
     units = jax.random.normal(rng, (x.shape[1], num_patterns), x.dtype)
     return jnp.asarray(np.unique(np.asarray(x @ units >= 0).T, axis=0))
 
@@ -110,7 +110,7 @@ def convex_relu_admm(
     choices.require_within("num_steps", num_steps, "[0, inf)")
     _check_problem(x, y, patterns)
     dtype = jnp.result_type(x)
-    x, y = precision.wide(jnp.asarray(x)), precision.wide(jnp.asarray(y))
+    x, y = precision.wide(x), precision.wide(y)
     beta, rho, dual_step = (jnp.asarray(value, x.dtype) for value in (beta, rho, dual_step))
     active = jnp.asarray(patterns, x.dtype)
     signs = jnp.concatenate([2 * active - 1] * 2)
@@ -154,7 +154,7 @@ def convex_relu_objective(
     _check_problem(x, y, patterns)
     if not jnp.shape(v) == jnp.shape(w) == (len(patterns), jnp.shape(x)[1]):
         raise ValueError(f"v {jnp.shape(v)} and w {jnp.shape(w)} must be {(len(patterns), jnp.shape(x)[1])}")
-    x, y, v, w = (precision.wide(jnp.asarray(value)) for value in (x, y, v, w))
+    x, y, v, w = (precision.wide(value) for value in (x, y, v, w))
     predicted = _predict(x, jnp.asarray(patterns, x.dtype), jnp.concatenate([v, w]))
     lengths = optax.safe_norm(v, 0, axis=-1) + optax.safe_norm(w, 0, axis=-1)
     return jnp.sum(jnp.square(predicted - y)) / 2 + jnp.asarray(beta, x.dtype) * jnp.sum(lengths)

@@ -171,7 +171,7 @@ def _in_dtypes_of(init: PyTree, operator: Callable[..., PyTree]) -> Callable[...
 
 
 def _wide(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: precision.wide(jnp.asarray(x)), tree)
+    return jax.tree.map(precision.wide, tree)
 
 
 def _like(init: PyTree, tree: PyTree) -> PyTree:

@@ -59,12 +59,12 @@ def normalize_by_error(eps: float = 1e-12) -> optax.GradientTransformationExtraA
         del params, extra_args
         if jnp.shape(error) != ():
             raise ValueError(f"error has shape {jnp.shape(error)}; it must be a scalar, the mean over the examples")
-        divisor = jnp.maximum(precision.wide(jnp.asarray(error)), eps)
+        divisor = jnp.maximum(precision.wide(error), eps)
         return jax.tree.map(lambda g: _divide(g, divisor), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _divide(grad, divisor):
-    wide = precision.wide(jnp.asarray(grad))
+    wide = precision.wide(grad)
     return (wide / divisor.astype(wide.dtype)).astype(jnp.result_type(grad))

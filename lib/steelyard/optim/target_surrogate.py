@@ -108,7 +108,7 @@ def target_surrogate_step(
 def _summed(z, a, g, step_size) -> Float[Array, ""]:
     if not jnp.shape(z) == jnp.shape(a) == jnp.shape(g):
         raise ValueError(f"outputs {jnp.shape(z)}, anchor {jnp.shape(a)} and its gradient {jnp.shape(g)} must agree")
-    z, a, g = (precision.wide(jnp.asarray(x)) for x in (z, a, g))
+    z, a, g = (precision.wide(x) for x in (z, a, g))
     moved = z - jax.lax.stop_gradient(a)
     square = jnp.sum(jnp.square(moved)) / (2 * jnp.asarray(step_size, z.dtype))
     return jnp.sum(jax.lax.stop_gradient(g) * moved) + square

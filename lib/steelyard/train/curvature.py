@@ -217,7 +217,7 @@ def distance_from_init(params: PyTree, init: PyTree) -> Float[Array, ""]:
 
     Source: Train longer, generalize better (2017, Hoffer et al.), section 3.
     """
-    return optax.tree.norm(jax.tree.map(lambda p, q: _wide(p) - _wide(q), params, init))
+    return optax.tree.norm(jax.tree.map(lambda p, q: precision.wide(p) - precision.wide(q), params, init))
 
 
 def landscape_difference(losses: Float[Array, "n points"]) -> Float[Array, "n-1"]:
@@ -255,7 +255,7 @@ def landscape_difference(losses: Float[Array, "n points"]) -> Float[Array, "n-1"
 
 
 def _hessian_lanczos(loss: Loss, params: PyTree, num_steps: int, rng) -> tuple[Array, Array]:
-    params = jax.tree.map(_wide, params)
+    params = jax.tree.map(precision.wide, params)
     flat, unravel = ravel_pytree(params)
     if not flat.size:
         raise ValueError("params has no entries: there is no Hessian")
@@ -284,7 +284,3 @@ def _orthogonalize(w: Float[Array, "d"], basis: Float[Array, "k d"]) -> Float[Ar
 def _dot(a: Array, b: Array) -> Array:
     # The default of some accelerators is to multiply in bfloat16, whose basis would not be orthogonal.
     return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _wide(leaf: Any) -> Array:
-    return precision.wide(jnp.asarray(leaf))
