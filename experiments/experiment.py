@@ -170,6 +170,7 @@ def program(experiment: Experiment, *, dense: bool) -> Program:
         reparam=link,
         prepare=task.prepare,
         measure=task.measure,
+        shardings=shardings,
         microbatches=settings["microbatches"],
     )
     rows = sharding.batch_sharding(mesh)

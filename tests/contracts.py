@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from steelyard import aggregate, optim, precision, reparam
+from steelyard import aggregate, examples, losses, optim, precision, reparam
 
 PyTree = Any
 
-ROOMS = {"optim": optim, "aggregate": aggregate, "reparam": reparam}
+ROOMS = {"optim": optim, "aggregate": aggregate, "losses": losses, "examples": examples, "reparam": reparam}
 
 CONTRACTS = {
     "jit": "jit gives what running op by op gives",
@@ -75,6 +75,7 @@ class Entry(NamedTuple):
       chained: for transformations and aggregators: `inner -> transformation` in which extra arguments must reach
         `inner`, which is wrapped or comes next.
       extra: for these, `params -> extra arguments` that it needs.
+      make: for aggregators, `() -> aggregator`.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Entry(NamedTuple):
     excuses: Mapping[str, str] = {}
     chained: Callable[[Any], Any] | None = None
     extra: Callable[[PyTree], dict[str, Any]] | None = None
+    make: Callable[[], Any] | None = None
 
     @property
     def contracts(self) -> set[str]:
@@ -131,9 +133,10 @@ def rows(params, grads):
 
 
 _LOSSES = (1.0, 2.0, 3.0)
+_NEEDS_LEAVES = {"empty": "the number of gradients is read from the leaves"}
 
 
-def aggregator(name, make, **rest) -> Entry:
+def aggregator(name, make, *, excuses: Mapping[str, str] = {}, **rest) -> Entry:
     """`make() -> aggregator` of three gradients."""
 
     def program():
@@ -151,7 +154,7 @@ def aggregator(name, make, **rest) -> Entry:
         return {"losses": jnp.asarray(_LOSSES)}
 
     entry = Entry(name, "aggregator", program, True, extra=extra, chained=lambda inner: optax.chain(make(), inner))
-    return entry._replace(**rest)
+    return entry._replace(make=make, excuses={**_NEEDS_LEAVES, **excuses}, **rest)
 
 
 def reparameterization(name, make, **rest) -> Entry:
@@ -269,6 +272,104 @@ def _aggregated_at():
     return lambda params, batch: fn(params, rule.init(params), batch)[1]
 
 
+def _cyclic():
+    losses = [lambda params, batch, k=k: _losses(params, batch)[k] for k in range(3)]
+    rule = aggregate.momentum_conflict_free(3)
+    fn = aggregate.value_and_grad_cyclic(losses, rule)
+
+    def third(params, batch):
+        """The first update that is not zero."""
+        state = rule.init(params)
+        for step in range(3):
+            _, update, state = fn(params, state, step, batch)
+        return update
+
+    return third
+
+
+def _rows_first(fn):
+    return lambda params, grads: fn(rows(params, grads))
+
+
+def _improvable_gap_rl():
+    """So small and so early that it learns in its second step."""
+    return aggregate.improvable_gap_rl(
+        3, steps_per_epoch=1, base_epoch=0, seed=0, idle_epochs=0, update_every=2, capacity=4, width=4, batch_size=4
+    )
+
+
+def _over_workers(params, grads):
+    rule = aggregate.over_workers(aggregate.conflict_free(), "worker")
+    fn = jax.vmap(lambda row: rule.update(row, rule.init(row))[0], axis_name="worker")
+    return fn(rows(params, grads))
+
+
+def _exchanged(params, grads):
+    def worker(row):
+        start = aggregate.ef21_exchange_init(row)
+        return aggregate.ef21_exchange(row, start, aggregate.top_k(5), "worker", sparse=False)
+
+    return jax.vmap(worker, axis_name="worker")(rows(params, grads))
+
+
+def _compressed(compressor):
+    return lambda params, grads: compressor(grads)
+
+
+def _transposed(p, g):
+    workers = jnp.stack([p, g])
+    return jax.vmap(lambda x: aggregate.transpose_workers(x, "worker"), axis_name="worker")(workers)
+
+
+def _between_workers(fn):
+    return lambda p, g: jax.vmap(lambda x: fn(x, "worker"), axis_name="worker")(jnp.stack([p, g]))
+
+
+def _hierarchical(p, g):
+    fn = functools.partial(aggregate.hierarchical_reduce_scatter, inner_axis="inner", outer_axis="outer")
+    return jax.vmap(jax.vmap(fn, axis_name="inner"), axis_name="outer")(jnp.stack([jnp.stack([p, g])] * 2))
+
+
+def _block_values(p, g):
+    del g
+    codes, scales = aggregate.block_quantize(p, block_size=6)
+    return aggregate.block_dequantize(codes, scales, p.shape, p.dtype)
+
+
+def _spsa_slope(params, grads):
+    # So far apart that the difference keeps its digits.
+    return aggregate.spsa_projected_gradient(lambda p: _loss(p, grads), params, jax.random.key(0), epsilon=1.0)
+
+
+def _spsa_apply(params, grads):
+    del grads
+    keys = jax.random.split(jax.random.key(0), len(_LOSSES))
+    return aggregate.spsa_apply(params, keys, jnp.asarray(_LOSSES), learning_rate=0.1)
+
+
+def _spsa_round(params, grads):
+    del grads
+    codes = jnp.asarray([[64, 0], [190, 70]], jnp.uint8)
+    return aggregate.spsa_round(params, jax.random.key(0), 1, codes, learning_rate=0.1)
+
+
+def _noisy_counts(p, g):
+    del g
+    return aggregate.noisy_counts(p > 0, jax.random.key(0), stddev=1.0, sample=2)
+
+
+def _per_class_losses(p, g):
+    return aggregate.per_class_losses(g[:, 0], jnp.arange(len(p)) % 3, 3)
+
+
+def _private_task_weights(p, g):
+    return aggregate.private_task_weights(p > 0, 10 * jnp.abs(g[0]))
+
+
+def _epoch_means(count):
+    return aggregate.epoch_init(3)._replace(step=count)
+
+
 def _upper(x, y):
     return _loss(x, y) + _loss(y, y)
 
@@ -340,7 +441,33 @@ def _reset(params, grads):
     return optim.reset(state, _masks(params), tx=tx)[0].mu
 
 
-_NEEDS_LEAVES = {"empty": "the number of gradients is read from the leaves"}
+def _online(loss):
+    return lambda p, g: loss(p, jnp.cos(g))
+
+
+def _labelled(loss):
+    return lambda p, g: loss(p, jax.nn.softmax(g))
+
+
+def _balanced_entropies(p, g):
+    return aggregate.balance_entropies(1 + jnp.abs(p[:, 0]), jnp.abs(g[:, 0]))
+
+
+def _features(p, g):
+    probs = jax.nn.softmax(p), jax.nn.softmax(g)
+    return examples.trilateral_features(*probs, jnp.eye(4)[jnp.arange(8) % 4], jnp.full(p.shape, 0.25))
+
+
+def _example_step(params, grads):
+    def inner(p, w, batch):
+        del batch
+        return _total(lambda a, b: jax.nn.sigmoid(b) * a**2 / 2, p, w)
+
+    tx = optax.sgd(0.5)
+    step = examples.bilevel_step(inner, _loss, inner_rate=0.1, outer_tx=tx)
+    state = examples.BilevelStepState(params, grads, tx.init(grads))
+    return step(state, None, params)[0].params
+
 
 ENTRIES = [
     # optim
@@ -406,45 +533,135 @@ ENTRIES = [
     tree("optim.variance_reduced_halpern", lambda: _random_halpern, like_params=True),
     # aggregate
     a_type("aggregate.Aggregator"),
+    a_type("aggregate.CenteredClipState"),
+    a_type("aggregate.DomainPenaltyState"),
+    a_type("aggregate.EF21ExchangeState"),
+    a_type("aggregate.EF21State"),
+    a_type("aggregate.EpochMeans"),
+    a_type("aggregate.GradNormState"),
+    a_type("aggregate.GroupDROState"),
+    a_type("aggregate.ImprovableGapRLState"),
     a_type("aggregate.LossBalancerState"),
+    a_type("aggregate.MomentumConflictFreeState"),
+    a_type("aggregate.NormalizedLossBalanceState"),
+    a_type("aggregate.PCGradState"),
     a_type("aggregate.Report"),
+    a_type("aggregate.Sparsifier"),
+    a_type("aggregate.SoftmaxWeightingState"),
+    a_type("aggregate.UncertaintyWeightingState"),
+    a_type("aggregate.WorkerMomentumState"),
+    array("aggregate.balance_entropies", lambda: _balanced_entropies),
+    array("aggregate.block_dequantize", lambda: _block_values),
+    array("aggregate.block_quantize", lambda: lambda p, g: aggregate.block_quantize(p, bits=4, block_size=6)),
+    aggregator("aggregate.cagrad", aggregate.cagrad),
+    aggregator("aggregate.centered_clip", aggregate.centered_clip),
+    aggregator("aggregate.class_normalized", aggregate.class_normalized),
     tree(
         "aggregate.combine",
         lambda: lambda params, grads: aggregate.combine(jnp.asarray(_LOSSES), rows(params, grads)),
         like_params=True,
         excuses=_NEEDS_LEAVES,
     ),
-    aggregator("aggregate.conflict_free", aggregate.conflict_free, excuses=_NEEDS_LEAVES),
+    aggregator("aggregate.conflict_free", aggregate.conflict_free),
     host("aggregate.count_rows", "shapes to a number"),
+    array("aggregate.decode_byte", lambda: lambda p, g: aggregate.decode_byte(jnp.abs(100 * p).astype(jnp.uint8))),
+    aggregator("aggregate.domain_penalty", lambda: aggregate.domain_penalty(3, steps_per_epoch=1)),
+    aggregator("aggregate.dynamic_weight_average", lambda: aggregate.dynamic_weight_average(3, steps_per_epoch=1)),
+    array("aggregate.encode_byte", lambda: lambda p, g: aggregate.encode_byte(p)),
+    aggregator("aggregate.ef21", lambda: aggregate.ef21(3, aggregate.top_k(5))),
+    tree("aggregate.ef21_exchange", lambda: _exchanged, excuses=_NEEDS_LEAVES),
+    host("aggregate.ef21_exchange_init", "shapes to zeros"),
+    array("aggregate.ef21_step_size", lambda: lambda p, g: aggregate.ef21_step_size(1 + p[0] ** 2, alpha=0.5)),
+    schedule("aggregate.epoch", lambda: lambda count: aggregate.epoch(_epoch_means(count), 2)),
+    host("aggregate.epoch_init", "a number to zeros"),
+    schedule("aggregate.epoch_push", lambda: lambda count: aggregate.epoch_push(_epoch_means(count), jnp.ones(3), 2)),
+    tree("aggregate.finite_rows", lambda: _rows_first(aggregate.finite_rows), excuses=_NEEDS_LEAVES),
+    aggregator("aggregate.flag", aggregate.flag),
+    aggregator("aggregate.from_distances", lambda: aggregate.from_distances(lambda gram, valid: valid / 2)),
     aggregator(
-        "aggregate.from_gram",
-        lambda: aggregate.from_gram(lambda gram, losses, state: (jnp.diagonal(gram), state)),
-        excuses=_NEEDS_LEAVES,
+        "aggregate.from_gram", lambda: aggregate.from_gram(lambda gram, losses, state: (jnp.diagonal(gram), state))
     ),
-    aggregator(
-        "aggregate.from_losses",
-        lambda: aggregate.from_losses(lambda losses, state: (losses, state)),
-        excuses=_NEEDS_LEAVES,
-    ),
+    aggregator("aggregate.from_losses", lambda: aggregate.from_losses(lambda losses, state: (losses, state))),
+    aggregator("aggregate.geometric_median", aggregate.geometric_median),
+    aggregator("aggregate.gradnorm", lambda: aggregate.gradnorm(3)),
+    tree("aggregate.gram", lambda: _rows_first(aggregate.gram), excuses=_NEEDS_LEAVES),
+    aggregator("aggregate.group_dro", lambda: aggregate.group_dro(3, step_size=0.5)),
+    array("aggregate.hierarchical_reduce_scatter", lambda: _hierarchical),
+    aggregator("aggregate.improvable_gap", lambda: aggregate.improvable_gap(3, steps_per_epoch=1, base_epoch=0)),
+    aggregator("aggregate.improvable_gap_rl", _improvable_gap_rl),
+    aggregator("aggregate.krum", lambda: aggregate.krum(0)),
+    aggregator("aggregate.loss_balancer", lambda: aggregate.loss_balancer([1.0, 2.0, 3.0], per_example=False)),
+    aggregator("aggregate.mean", aggregate.mean),
+    aggregator("aggregate.median", aggregate.median),
+    aggregator("aggregate.mgda", aggregate.mgda),
+    aggregator("aggregate.momentum_conflict_free", lambda: aggregate.momentum_conflict_free(3)),
+    aggregator("aggregate.nash", aggregate.nash),
+    aggregator("aggregate.nearest_neighbor", lambda: aggregate.nearest_neighbor(1)),
     tree(
-        "aggregate.gram",
-        lambda: lambda params, grads: aggregate.gram(rows(params, grads)),
+        "aggregate.nearest_neighbor_mixing",
+        lambda: _rows_first(lambda stacked: aggregate.nearest_neighbor_mixing(stacked, 1)),
         excuses=_NEEDS_LEAVES,
     ),
-    aggregator(
-        "aggregate.loss_balancer",
-        lambda: aggregate.loss_balancer([1.0, 2.0, 3.0], per_example=False),
-        excuses=_NEEDS_LEAVES,
-    ),
-    aggregator("aggregate.mean", aggregate.mean, excuses=_NEEDS_LEAVES),
-    aggregator(
-        "aggregate.static",
-        lambda: aggregate.static(jnp.asarray(_LOSSES)),
-        excuses=_NEEDS_LEAVES,
-    ),
+    array("aggregate.noisy_counts", lambda: _noisy_counts),
+    aggregator("aggregate.normalized_loss_balance", lambda: aggregate.normalized_loss_balance(3)),
+    tree("aggregate.over_workers", lambda: _over_workers, excuses=_NEEDS_LEAVES),
+    array("aggregate.pairwise_sqdist", lambda: lambda p, g: aggregate.pairwise_sqdist(p @ p.T)),
+    aggregator("aggregate.pcgrad", aggregate.pcgrad),
+    array("aggregate.per_class_losses", lambda: _per_class_losses),
+    array("aggregate.private_task_weights", lambda: _private_task_weights),
+    array("aggregate.quantized_all_gather", lambda: _between_workers(aggregate.quantized_all_gather)),
+    array("aggregate.quantized_gather", lambda: _between_workers(aggregate.quantized_gather)),
+    array("aggregate.quantized_reduce_scatter", lambda: _between_workers(aggregate.quantized_reduce_scatter)),
+    aggregator("aggregate.softmax_weighting", lambda: aggregate.softmax_weighting(3)),
+    tree("aggregate.spsa_apply", lambda: _spsa_apply, like_params=True),
+    schedule("aggregate.spsa_key", lambda: lambda count: aggregate.spsa_key(jax.random.key(0), count, 1)),
+    tree("aggregate.spsa_projected_gradient", lambda: _spsa_slope),
+    host("aggregate.spsa_replay", "a loop in Python over the rounds of a log"),
+    tree("aggregate.spsa_round", lambda: _spsa_round, like_params=True),
+    tree("aggregate.random_k", lambda: _compressed(aggregate.random_k(5, jax.random.key(0))), like_params=True),
+    tree("aggregate.square_norms", lambda: _rows_first(aggregate.square_norms), excuses=_NEEDS_LEAVES),
+    aggregator("aggregate.static", lambda: aggregate.static(jnp.asarray(_LOSSES))),
+    aggregator("aggregate.svd_reweight", lambda: aggregate.svd_reweight(2)),
+    array("aggregate.svd_weights", lambda: lambda p, g: aggregate.svd_weights(p @ p.T, 2)),
+    tree("aggregate.top_k", lambda: _compressed(aggregate.top_k(5)), like_params=True),
+    array("aggregate.transpose_workers", lambda: _transposed),
+    aggregator("aggregate.trimmed_mean", lambda: aggregate.trimmed_mean(1)),
+    aggregator("aggregate.uncertainty_weighting", lambda: aggregate.uncertainty_weighting(3)),
     gradient("aggregate.value_and_grad", _aggregated, excuses=_NEEDS_LEAVES),
     gradient("aggregate.value_and_grad_at", _aggregated_at, excuses=_NEEDS_LEAVES),
+    gradient("aggregate.value_and_grad_cyclic", _cyclic, excuses=_NEEDS_LEAVES),
     gradient("aggregate.weighted_gradient", _weighted),
+    aggregator("aggregate.worker_momentum", lambda: optax.chain(aggregate.worker_momentum(3), aggregate.mean())),
+    tree(
+        "aggregate.zero_rows",
+        lambda: _rows_first(lambda stacked: aggregate.zero_rows(stacked, jnp.asarray([True, False, True]))),
+        excuses=_NEEDS_LEAVES,
+    ),
+    # losses
+    array("losses.balanced_kl", lambda: _online(losses.balanced_kl)),
+    host("losses.batch_dependent", "marks a function and returns it"),
+    array("losses.cosine_similarity", lambda: _online(losses.cosine_similarity)),
+    array("losses.entropy", lambda: lambda p, g: losses.entropy(g)),
+    array("losses.forward_kl", lambda: _online(losses.forward_kl)),
+    array("losses.huber_loss", lambda: losses.huber_loss),
+    array("losses.l2_loss", lambda: losses.l2_loss),
+    array("losses.log_cosh", lambda: losses.log_cosh),
+    array("losses.reverse_kl", lambda: _online(losses.reverse_kl)),
+    array("losses.sigmoid_binary_cross_entropy", lambda: _labelled(losses.sigmoid_binary_cross_entropy)),
+    array("losses.sigmoid_focal_loss", lambda: _labelled(losses.sigmoid_focal_loss)),
+    array("losses.smooth_labels", lambda: lambda p, g: losses.smooth_labels(jax.nn.softmax(g), 0.1)),
+    array("losses.softmax_cross_entropy", lambda: _labelled(losses.softmax_cross_entropy)),
+    array(
+        "losses.softmax_cross_entropy_with_integer_labels",
+        lambda: lambda p, g: losses.softmax_cross_entropy_with_integer_labels(p, jnp.argmax(g, -1)),
+    ),
+    array("losses.squared_error", lambda: losses.squared_error),
+    # examples
+    a_type("examples.BilevelStepState"),
+    a_type("examples.FusionRatio"),
+    tree("examples.bilevel_step", lambda: _example_step, like_params=True),
+    array("examples.class_means", lambda: lambda p, g: examples.class_means(jax.nn.softmax(g), jnp.arange(8) % 3, 4)),
+    array("examples.trilateral_features", lambda: _features),
     # reparam
     a_type("reparam.Curve"),
     a_type("reparam.Reparam"),

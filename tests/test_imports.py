@@ -11,7 +11,7 @@ import steelyard
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEAVY = ("flax", "orbax", "grain", "tensorflow_datasets", "sklearn", "matplotlib", "tensorflow", "haiku", "equinox")
-BORROWED = ("optim", "aggregate", "losses", "sparsity", "quant", "formats", "reparam", "tree")
+BORROWED = ("optim", "aggregate", "losses", "examples", "sparsity", "quant", "formats", "reparam", "tree")
 
 
 def modules_after(statement):

@@ -9,6 +9,7 @@ import importlib
 ROOMS = (
     "aggregate",
     "data",
+    "examples",
     "formats",
     "losses",
     "models",

@@ -201,6 +201,9 @@ def test_bad_arguments():
             aggregate.conflict_free(length=bad)
     with pytest.raises(ValueError, match="vector"):
         aggregate.conflict_free(weights=1.0)
+    for bad in ([1.0, np.nan], [np.inf, 1.0]):
+        with pytest.raises(ValueError, match="weights must be finite"):
+            aggregate.conflict_free(weights=bad)
     with pytest.raises(ValueError, match="2 weights, but there are 3 gradients"):
         run(gradients(3), weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="length=3 is not the index of one of 3"):

@@ -42,6 +42,97 @@ def test_hand_written_text():
     assert hlo.fusion_bytes(TEXT) == sum(expected.values())
 
 
+# Two devices: started and finished apart from each other, hidden in fusions as a TPU does, in a loop, and synchronous.
+COLLECTIVES = """HloModule jit_step, num_partitions=2
+
+%begin (a: bf16[8]) -> (bf16[8], bf16[16]) {
+  %a = bf16[8]{0} parameter(0)
+  %all-gather.1 = bf16[16]{0} all-gather(%a), channel_id=1, dimensions={0}
+  ROOT %custom-call.1 = (bf16[8]{0}, bf16[16]{0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%finish (b: bf16[8], c: bf16[16]) -> bf16[16] {
+  %b = bf16[8]{0} parameter(0)
+  %c = bf16[16]{0} parameter(1)
+  %all-gather.2 = bf16[16]{0} all-gather(%b), channel_id=1, dimensions={0}
+  ROOT %custom-call.2 = bf16[16]{0} custom-call(%c, %all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (d: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %d = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%d), index=0
+  %e = f32[4]{0} get-tuple-element(%d), index=1
+  %all-reduce.1 = f32[4]{0} all-reduce(%e), channel_id=2, to_apply=%add
+  ROOT %next = (s32[], f32[4]{0}) tuple(%i, %all-reduce.1)
+}
+
+ENTRY %main (p: bf16[8], q: f32[4], r: u8[6]) -> f32[] {
+  %p = bf16[8]{0} parameter(0)
+  %q = f32[4]{0} parameter(1)
+  %r = u8[6]{0} parameter(2)
+  %start = (bf16[8]{0}, bf16[16]{0}) fusion(%p), kind=kCustom, calls=%begin
+  %done = bf16[16]{0} fusion(%start), kind=kCustom, calls=%finish
+  %all-gather-start = (u8[6]{0}, u8[12]{0}) all-gather-start(%r), channel_id=3, dimensions={0}
+  %all-gather-done = u8[12]{0} all-gather-done(%all-gather-start)
+  %permute-start = (u8[6]{0}, u8[6]{0}, u32[], u32[]) collective-permute-start(%r), source_target_pairs={{0,1},{1,0}}
+  %permute-done = u8[6]{0} collective-permute-done(%permute-start)
+  %half.1 = u8[3]{0} slice(%r), slice={[0:3]}
+  %half.2 = u8[3]{0} slice(%r), slice={[3:6]}
+  %pair = (u8[3]{0}, u8[3]{0}) all-to-all(%half.1, %half.2), channel_id=4
+  %reduce-scatter = f32[2]{0} reduce-scatter(%q), channel_id=5, to_apply=%add
+  %loop = (s32[], f32[4]{0}) while(%tuple), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+%less (f: (s32[], f32[4])) -> pred[] {
+}
+
+%add (g: f32[], h: f32[]) -> f32[] {
+}
+"""
+
+
+def test_hand_written_collectives():
+    expected = {"all-gather": 2 * 16 + 12, "all-reduce": 5 * 16, "all-to-all": 6}
+    expected |= {"collective-permute": 6, "reduce-scatter": 16}
+    assert hlo.collective_bytes(COLLECTIVES) == expected
+    assert hlo.collective_bytes(TEXT) == {}
+
+
+def test_collectives_of_unknown_number_are_refused():
+    with pytest.raises(ValueError, match="%loop is a loop"):
+        hlo.collective_bytes(COLLECTIVES.replace("known_trip_count", "trip_count"))
+    branch = "conditional(%i), branch_computations={%body, %less}"
+    with pytest.raises(ValueError, match="%loop is a conditional"):
+        hlo.collective_bytes(COLLECTIVES.replace("while(%tuple), condition=%less, body=%body", branch))
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.collective_bytes("HloModule empty")
+
+
+def test_collectives_of_a_program():
+    """On eight devices, each with 8 rows of 3 float32 numbers; the loop runs four times."""
+
+    def fn(x):
+        gathered = jax.lax.all_gather(x, "device", tiled=True).sum()
+        swapped = jax.lax.all_to_all(x.astype(jnp.uint8), "device", 0, 0, tiled=True)
+        scattered = jax.lax.psum_scatter(x, "device", tiled=True)
+        passed = jax.lax.ppermute(x, "device", [(i, (i + 1) % 8) for i in range(8)])
+        looped, _ = jax.lax.scan(lambda c, _: (jnp.sin(jax.lax.psum(c, "device")), None), x, length=4)
+        return gathered, swapped, scattered, passed, looped
+
+    mesh = jax.make_mesh((8,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    along = jax.sharding.PartitionSpec("device")
+    out_specs = (jax.sharding.PartitionSpec(), along, along, along, along)
+    sharded = jax.shard_map(fn, mesh=mesh, in_specs=along, out_specs=out_specs, check_vma=False)
+    local = 8 * 3 * 4
+    assert hlo.collective_bytes(jax.jit(sharded).lower(jnp.ones((64, 3))).compile().as_text()) == {
+        "all-gather": 8 * local,
+        "all-reduce": 4 * local,
+        "all-to-all": local // 4,
+        "collective-permute": local,
+        "reduce-scatter": local,
+    }
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [("f32[]", 4), ("bf16[3,5]{1,0}", 30), ("s4[3]", 2), ("pred[7]{0:T(512)}", 7), ("(f32[2]{0}, (s32[], u8[3]))", 15)],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from steelyard import tree as tree_lib
+from steelyard import choices
 from steelyard.aggregate import stacked as stacked_lib
 
 # How long the update is, from the norms of the gradients. "projection" is none of these: it uses each norm by itself.
@@ -37,16 +37,18 @@ def conflict_free(
     pseudo-inverse drops eigenvalues up to `K eps` times the largest (eps of float32). A zero gradient is ignored, also
     in the means of norms. If `d = 0`, as for exactly opposite gradients, the update is zero.
 
+    Costs K backward passes ("lean" is possible) and one K x K eigendecomposition a step.
+
     Args:
-      weights: relative cosines of the update with the gradients; equal ones if `None`.
+      weights: relative cosines of the update with the gradients, finite; equal ones if `None`.
       length: "projection", "min", "max", "harmonic", "arithmetic", "geometric", or an index k for `t = |g_k|`.
 
     Returns:
       An aggregator without state. Its update is the gradient itself if K is 1.
 
     Raises:
-      ValueError: `length` is unknown or negative, or `weights` is not a vector; while tracing, `length` is not below K
-        or `weights` does not have K entries.
+      ValueError: `length` is unknown or negative, or `weights` is not a vector of finite numbers; while tracing,
+        `length` is not below K or `weights` does not have K entries.
     """
     _check(weights, length)
 
@@ -68,12 +70,14 @@ def conflict_free(
 def _check(weights: Float[Array, "K"] | None, length: str | int) -> None:
     if weights is not None and np.ndim(weights) != 1:
         raise ValueError(f"weights must be a vector with one number per gradient, got shape {np.shape(weights)}")
-    if isinstance(length, int) and not isinstance(length, bool) and length >= 0:
-        return
-    if not isinstance(length, str) or length not in _LENGTHS:
-        near = tree_lib.nearest(length, _LENGTHS, 1) if isinstance(length, str) else []
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"length={length!r} is not one of {_LENGTHS} nor the index of a gradient{hint}")
+    if weights is not None and not isinstance(weights, jax.core.Tracer) and not np.all(np.isfinite(weights)):
+        raise ValueError(f"weights must be finite, got {weights}")
+    if isinstance(length, str):
+        choices.require("length", length, _LENGTHS)
+    elif not isinstance(length, int) or isinstance(length, bool) or length < 0:
+        raise ValueError(
+            f"length={length!r} must be one of {', '.join(_LENGTHS)}, or the index of a gradient, 0 to K - 1"
+        )
 
 
 def _target(weights: Float[Array, "K"] | None, count: int) -> Float[Array, "K"]:

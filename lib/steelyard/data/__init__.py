@@ -1,6 +1,7 @@
 """Datasets and the order in which they are read: embedded sets, TFDS, and batches whose only state is the step."""
 
 from steelyard.data import embedded, order, pipeline, source, tfds
+from steelyard.data.displacement import displace, random_displacement
 from steelyard.data.load import load
 from steelyard.data.order import EpochOrder, epoch_order, epoch_rows, rows
 from steelyard.data.pipeline import batches, evaluation
@@ -15,6 +16,7 @@ __all__ = [
     "Source",
     "batches",
     "check",
+    "displace",
     "embedded",
     "epoch_order",
     "epoch_rows",
@@ -24,6 +26,7 @@ __all__ = [
     "materialize",
     "order",
     "pipeline",
+    "random_displacement",
     "rows",
     "source",
     "tfds",

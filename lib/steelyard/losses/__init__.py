@@ -17,13 +17,18 @@ from optax.losses import (
 )
 
 from steelyard.losses.declare import batch_dependent
+from steelyard.losses.distillation import balanced_kl, entropy, forward_kl, reverse_kl
 
 __all__ = [
+    "balanced_kl",
     "batch_dependent",
     "cosine_similarity",
+    "entropy",
+    "forward_kl",
     "huber_loss",
     "l2_loss",
     "log_cosh",
+    "reverse_kl",
     "sigmoid_binary_cross_entropy",
     "sigmoid_focal_loss",
     "smooth_labels",

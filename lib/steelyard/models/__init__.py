@@ -6,6 +6,7 @@ from steelyard.models.mlp import MLP
 from steelyard.models.norms import GhostBatchNorm, RMSNorm, rms_norm
 from steelyard.models.resnet import ResNet
 from steelyard.models.summary import table
+from steelyard.models.task_alignment import TaskAlignment
 from steelyard.models.transformer import SwiGLU, Transformer
 from steelyard.models.vit import ViT, patchify, unpatchify
 
@@ -19,6 +20,7 @@ __all__ = [
     "ResNet",
     "SelfAttention",
     "SwiGLU",
+    "TaskAlignment",
     "Transformer",
     "ViT",
     "patchify",

@@ -41,6 +41,7 @@ def make_step(
     track: Callable[..., dict[str, PyTree]] | None = None,
     measure: Callable[[PyTree, PyTree], Mapping[str, Array]] | None = None,
     loss_scale: Callable[[PyTree], Array] | None = None,
+    shardings: TrainState | None = None,
     microbatches: int = 1,
     skip_nonfinite: bool = True,
 ) -> Step:
@@ -76,6 +77,8 @@ def make_step(
       measure: `(outputs, batch) -> {name: per-example value}`, averaged into the metrics.
       loss_scale: `opt_state -> scale`, for instance `optim.current_loss_scale`: the losses are multiplied by it, and
         `tx` must divide by it and skip what is not finite.
+      shardings: of the state (`sharding.state_shardings`): the task gradients are then laid out like the parameters,
+        and their Gram matrix costs one all-reduce. Mode "outputs" has no use for it.
       microbatches: number of parts into which the batch is cut; gradients are accumulated in float32.
       skip_nonfinite: keep the state (but for `step` and `skipped`) when a gradient is not finite.
 
@@ -91,7 +94,8 @@ def make_step(
     reparam = reparam or reparam_lib.identity()
     tx = optax.with_extra_args_support(tx)
     objective = objective_lib.Objective(forward, losses, reparam.apply, penalties, weigh, measure, microbatches)
-    gradient = functools.partial(_gradient, objective, aggregator, mode, value_and_grad or (lambda fn: fn))
+    where = {} if shardings is None else _places(shardings.params)
+    gradient = functools.partial(_gradient, objective, aggregator, mode, where, value_and_grad or (lambda fn: fn))
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
@@ -171,7 +175,13 @@ def seen_params(see: Callable[..., PyTree], state: TrainState) -> PyTree:
     return see(state.params, state.reparam_state, step=state.step, rng=None, train=False)
 
 
-def _gradient(objective, aggregator, mode, wrap, state: TrainState, context, tasks, scale):
+def _places(shardings: PyTree) -> dict[str, Any]:
+    """The mesh and the specs of a tree of `NamedSharding`, as `aggregate.value_and_grad` takes them."""
+    leaves = jax.tree.leaves(shardings)
+    return {"mesh": leaves[0].mesh, "specs": jax.tree.map(lambda s: s.spec, shardings)} if leaves else {}
+
+
+def _gradient(objective, aggregator, mode, where, wrap, state: TrainState, context, tasks, scale):
     """`(losses, aux), update, aggregator state, report` by the driver that `mode` names."""
     vector = functools.partial(objective.vector, tasks=tasks)
     whole = aggregate.weighted_gradient(vector, has_aux=True)
@@ -191,7 +201,13 @@ def _gradient(objective, aggregator, mode, wrap, state: TrainState, context, tas
     if mode == "outputs":
         return _outputs_gradient(objective, aggregator, wrap, state, context, tasks)
     drive = aggregate.value_and_grad(
-        vector, aggregator, mode=mode, has_aux=True, gradient=None if mode == "lean" else wrap(base), report=True
+        vector,
+        aggregator,
+        mode=mode,
+        has_aux=True,
+        gradient=None if mode == "lean" else wrap(base),
+        report=True,
+        **where,
     )
     return drive(state.params, state.aggregator_state, context)
 
