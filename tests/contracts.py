@@ -34,13 +34,14 @@ CONTRACTS = {
     "extra_args": "unknown extra arguments do no harm and reach what is wrapped or comes later",
     "restore": "a state is saved and restored to the same bits",
     "recompile": "the second step runs the first one's program",
+    "donate": "a first state can be donated: no two of its arrays are one",
 }
 
 _TREE = {"jit", "vmap", "x64", "dtype", "none", "scalar", "empty", "length_one", "zero", "frameworks", "sharding"}
 _TREE |= {"recompile"}
 KINDS: dict[str, set[str]] = {
-    "transform": _TREE | {"extra_args", "restore"},
-    "aggregator": _TREE | {"extra_args", "restore"},
+    "transform": _TREE | {"extra_args", "restore", "donate"},
+    "aggregator": _TREE | {"extra_args", "restore", "donate"},
     "reparam": _TREE | {"restore"},
     "gradient": _TREE,  # instead of jax.value_and_grad
     "tree": _TREE,  # other functions of trees, solvers among them

@@ -304,6 +304,16 @@ def test_sharding(entry, place):
             assert x.sharding.is_equivalent_to(place, x.ndim), f"{path}: {x.sharding}"
 
 
+@over("donate")
+def test_donate(entry):
+    program = entry.program()
+    params, _ = params_and_grads(entry)
+    _, state = program.init(params)
+    arrays = [x for _, x in tree.flatten(stored.key_data(stored.by_path(state))) if isinstance(x, jax.Array) and x.size]
+    places = [x.unsafe_buffer_pointer() for x in arrays]
+    assert len(set(places)) == len(places)
+
+
 # Saving and restoring: all states in one checkpoint.
 
 

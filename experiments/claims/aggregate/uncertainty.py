@@ -19,8 +19,8 @@ def uncertainty() -> harness.Outcome:
     """With one loss a hundred times the other, uncertainty weighting predicts better than the mean of the losses.
 
     Direction: normalised error down.
-    Metric: squared error on the test digits over the variance of the target there, mean of the two tasks, after the last
-    step.
+    Metric: squared error on the test digits over the variance of the target there, mean of the two tasks, after the
+    last step.
     Budget: digits; the targets are the number itself and the horizontal centre of its brightness, both standardised,
     with the second loss times 100; perceptron with a hidden layer of 64, Adam, 600 steps of 64 examples; the
     log-variances learn with Adam at the model's own rate. Rates 1e-3, 3e-3, 1e-2, 3e-2 on each side (4 configurations),
@@ -41,7 +41,7 @@ def uncertainty() -> harness.Outcome:
 
 
 def softmax_weights() -> tuple[harness.Outcome, ...]:
-    """On these tasks softmax weights predict better than the worst of three static weightings, and collapse.
+    """On these tasks softmax weights predict better than the worst of three static weightings, and drift to one task.
 
     Direction: normalised error below that of the worst static weighting; weight of the task of smaller loss up from its
     prior 1/2.
@@ -72,7 +72,7 @@ def softmax_weights() -> tuple[harness.Outcome, ...]:
             better="more",
             unit="of weight on the task of smaller loss",
             labels=("softmax", "prior"),
-            part="collapse",
+            part="drift",
         ),
     )
 

@@ -112,8 +112,11 @@ def ef21(
 
 def ef21_exchange_init(params: PyTree) -> EF21ExchangeState:
     """The state of `ef21_exchange` before the first step, of zeros."""
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(precision.wide(p)), params)
-    return EF21ExchangeState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def zeros():
+        return jax.tree.map(lambda p: jnp.zeros_like(precision.wide(p)), params)
+
+    return EF21ExchangeState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
 
 def ef21_exchange(

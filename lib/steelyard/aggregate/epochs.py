@@ -33,8 +33,8 @@ def epoch_init(num_tasks: int) -> EpochMeans:
       ValueError: `num_tasks` is below 1.
     """
     choices.require_within("num_tasks", num_tasks, "[1, inf)")
-    zeros = jnp.zeros((num_tasks,), jnp.float32)
-    return EpochMeans(jnp.zeros((), jnp.int32), zeros, zeros, zeros, zeros)
+    # An array each, so that the state can be donated.
+    return EpochMeans(jnp.zeros((), jnp.int32), *(jnp.zeros((num_tasks,), jnp.float32) for _ in range(4)))
 
 
 def epoch(state: EpochMeans, steps_per_epoch: int) -> Int[Array, ""]:

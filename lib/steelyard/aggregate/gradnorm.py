@@ -75,7 +75,7 @@ def gradnorm(
 
     def init():
         logits = jnp.zeros((num_tasks,), jnp.float32)
-        first = logits if initial_losses is None else jnp.asarray(initial_losses, jnp.float32)
+        first = jnp.zeros_like(logits) if initial_losses is None else jnp.asarray(initial_losses, jnp.float32)
         return GradNormState(logits, first, jnp.bool_(initial_losses is not None), optimizer.init(logits))
 
     def rule(gram, losses, state):

@@ -69,10 +69,10 @@ def dynamic_loss_scale(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        zero = jnp.zeros((), jnp.int32)
+        counts = (jnp.zeros((), jnp.int32) for _ in range(2))
         # The inner rule gets float32 gradients, so its moments are float32 from the start.
         inner_state = inner.init(jax.tree.map(lambda p: _wide(jnp.asarray(p)), params))
-        return DynamicLossScaleState(jnp.asarray(initial_scale, jnp.float32), zero, zero, inner_state)
+        return DynamicLossScaleState(jnp.asarray(initial_scale, jnp.float32), *counts, inner_state)
 
     def update(updates, state, params=None, **extra_args):
         grads = jax.tree.map(lambda g: _unscale(g, state.scale), updates)
