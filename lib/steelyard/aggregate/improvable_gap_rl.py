@@ -67,7 +67,7 @@ def improvable_gap_rl(
     *,
     steps_per_epoch: int,
     base_epoch: int = 1,
-    seed: int,
+    seed: int = 0,
     log_loss: bool = True,
     learning_rate: optax.Schedule | None = None,
     optimizer: optax.GradientTransformation | None = None,
