@@ -59,6 +59,14 @@ def test_static_wants_a_vector(bad):
         aggregate.static(bad)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_static_needs_finite_weights_and_takes_negative_ones(bad):
+    with pytest.raises(ValueError, match="weights must be finite"):
+        aggregate.static([1.0, bad])
+    update, _ = aggregate.static([1.0, -2.0]).update(jnp.array([[3.0], [5.0]]), optax.EmptyState())
+    np.testing.assert_array_equal(update, [-7.0])
+
+
 def test_what_each_rule_can_do():
     state = optax.EmptyState()
     np.testing.assert_allclose(aggregate.mean().weights(jnp.ones(4), state)[0], 0.25)

@@ -38,10 +38,12 @@ def static(weights: Float[Array, "K"]) -> stacked_lib.Aggregator:
       weights: one number per gradient. A negative one makes its loss rise (gradient ascent on that task).
 
     Raises:
-      ValueError: `weights` is not a vector; while tracing, its length is not K.
+      ValueError: `weights` is not a vector of finite numbers; while tracing, its length is not K.
     """
     if np.ndim(weights) != 1:
         raise ValueError(f"weights must be a vector with one number per gradient, got shape {np.shape(weights)}")
+    if not isinstance(weights, jax.core.Tracer) and not np.all(np.isfinite(weights)):
+        raise ValueError(f"weights must be finite, got {weights}")
 
     def fixed(count):
         if len(weights) != count:
