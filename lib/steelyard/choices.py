@@ -1,4 +1,4 @@
-"""Arguments that are one of a few names, or a number in an interval."""
+"""Arguments that are one of a few names, or a number in an interval, whole or not."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -57,3 +57,26 @@ def require_within(name: str, value: Any, interval: str) -> None:
     below = value < high or (interval[-1] == "]" and value == high)
     if not (above and below):
         raise ValueError(f"{name}={value} must lie in {interval}")
+
+
+def require_count(name: str, value: int, interval: str) -> int:
+    """The value as an integer, if it is a whole number in an interval.
+
+    Args:
+      name: what the caller calls the argument.
+      value: what was given, not traced.
+      interval: as in `require_within`.
+
+    Raises:
+      ValueError: `value` is outside, not whole, or a function.
+
+    >>> require_count("rank", 2.0, "[1, inf)")
+    2
+    >>> require_count("rank", 1.5, "[1, inf)")
+    Traceback (most recent call last):
+    ValueError: rank=1.5 must be a whole number in [1, inf)
+    """
+    require_within(name, value, interval)
+    if int(value) != value:
+        raise ValueError(f"{name}={value} must be a whole number in {interval}")
+    return int(value)

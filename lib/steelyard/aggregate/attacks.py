@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from steelyard import precision
-from steelyard.aggregate import robust
+from steelyard import choices, precision
 from steelyard.aggregate import stacked as stacked_lib
 
 PyTree = Any
@@ -102,7 +101,7 @@ def non_finite(stacked: PyTree, num_byzantine: int, *, value: float = math.nan) 
 def _replace(stacked: PyTree, num_byzantine: int, send: Callable[[Array, Array], Array]) -> PyTree:
     """Puts `send(honest rows, bad workers' own rows)`, computed in float32 at least, in place of the bad rows."""
     count = stacked_lib.count_rows(stacked)
-    num_byzantine = robust.require_count("num_byzantine", num_byzantine, f"[0, {count})")
+    num_byzantine = choices.require_count("num_byzantine", num_byzantine, f"[0, {count})")
 
     def leaf(x):
         honest, bad = x[: count - num_byzantine], x[count - num_byzantine :]
@@ -113,7 +112,7 @@ def _replace(stacked: PyTree, num_byzantine: int, send: Callable[[Array, Array],
 
 
 def _quantile(count: int, num_byzantine: int) -> float:
-    num_byzantine = robust.require_count("num_byzantine", num_byzantine, f"[0, {count / 2})")
+    num_byzantine = choices.require_count("num_byzantine", num_byzantine, f"[0, {count / 2})")
     if num_byzantine == 0:
         return 0.0
     honest = count - num_byzantine

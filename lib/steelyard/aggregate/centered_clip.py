@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from steelyard import choices, precision
-from steelyard.aggregate import robust
 from steelyard.aggregate import stacked as stacked_lib
 
 PyTree = Any
@@ -70,10 +69,10 @@ def centered_clip(*, radius: float = 10.0, iterations: int = 1) -> stacked_lib.A
     Source: Learning from History for Byzantine Robust Optimization (2021, Karimireddy et al.).
     """
     choices.require_within("radius", radius, "(0, inf]")
-    robust.require_count("iterations", iterations, "[1, inf)")
+    choices.require_count("iterations", iterations, "[1, inf)")
 
     def init(params):
-        return CenteredClipState(jax.tree.map(lambda p: jnp.zeros_like(precision.wide(p)), params))
+        return CenteredClipState(stacked_lib.wide_zeros(params))
 
     def update(stacked, state, params=None, *, mesh=None, specs=None, axis_name=None, **extra_args):
         del params, extra_args
@@ -115,15 +114,12 @@ def worker_momentum(num_workers: int, *, decay: float = 0.9, ema: bool = True) -
 
     Source: Learning from History for Byzantine Robust Optimization (2021, Karimireddy et al.).
     """
-    robust.require_count("num_workers", num_workers, "[1, inf)")
+    choices.require_count("num_workers", num_workers, "[1, inf)")
     choices.require_within("decay", decay, "[0, 1)")
     share = 1 - decay if ema else 1.0
 
     def init(params):
-        def zeros(p):
-            return jnp.zeros((num_workers, *jnp.shape(p)), precision.wide(p).dtype)
-
-        return WorkerMomentumState(jax.tree.map(zeros, params))
+        return WorkerMomentumState(stacked_lib.wide_zeros(params, num_workers))
 
     def update(stacked, state, params=None, *, mesh=None, specs=None, axis_name=None, **extra_args):
         del params, extra_args
@@ -132,9 +128,9 @@ def worker_momentum(num_workers: int, *, decay: float = 0.9, ema: bool = True) -
         pushed = jax.tree.map(
             lambda m, g: (decay * m + share * precision.wide(g)).astype(m.dtype), state.momenta, stacked
         )
-        momenta = _choose_rows(valid, pushed, state.momenta)
+        momenta = stacked_lib.choose_rows(valid, pushed, state.momenta)
         out = jax.tree.map(lambda m, g: m.astype(g.dtype), momenta, stacked)
-        return _choose_rows(valid, out, stacked), WorkerMomentumState(momenta)
+        return stacked_lib.choose_rows(valid, out, stacked), WorkerMomentumState(momenta)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -147,10 +143,3 @@ def _moved(rows: PyTree, center: PyTree, valid: Bool[Array, "K"], radius: float,
     factors = jnp.where(norms <= radius, 1, radius / norms)
     step = stacked_lib.combine(factors / factors.shape[0], differences)
     return jax.tree.map(lambda v, d: v + d.astype(v.dtype), center, step)
-
-
-def _choose_rows(chosen: Bool[Array, "K"], these: PyTree, others: PyTree) -> PyTree:
-    def choose(x: Float[Array, "K ..."], y: Float[Array, "K ..."]) -> Float[Array, "K ..."]:
-        return jnp.where(chosen.reshape(chosen.shape + (1,) * (x.ndim - 1)), x, y)
-
-    return jax.tree.map(choose, these, others)

@@ -244,8 +244,6 @@ def _split(x: Float[Array, "whole ..."], counts: tuple[int, ...]) -> Float[Array
 def _check(bits: int, block_size: int, *, on_wire: bool = False, name: str = "bits") -> None:
     if bits not in _BITS:
         raise ValueError(f"{name}={bits!r} must be one of {', '.join(map(str, _BITS))}")
-    choices.require_within("block_size", block_size, "[1, inf)")
-    if block_size != int(block_size):
-        raise ValueError(f"block_size={block_size} must be a whole number")
+    choices.require_count("block_size", block_size, "[1, inf)")
     if on_wire and bits == 4 and block_size % 2:
         raise ValueError(f"block_size={block_size} must be even with {name}=4: two codes share a byte")

@@ -13,8 +13,8 @@ import jax.flatten_util
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
+from steelyard import choices
 from steelyard import tree as tree_lib
-from steelyard.aggregate import robust
 
 PyTree = Any
 Compressor = Callable[[PyTree, Int[ArrayLike, ""], Int[ArrayLike, ""]], PyTree]
@@ -67,7 +67,7 @@ def top_k(k: int) -> Sparsifier:
     Raises:
       ValueError: `k` is not a whole number of at least 1.
     """
-    robust.require_count("k", k, "[1, inf)")
+    choices.require_count("k", k, "[1, inf)")
 
     def choose(flat, count, step, worker):
         del step, worker
@@ -91,7 +91,7 @@ def random_k(k: int, key: Key[Array, ""]) -> Sparsifier:
     Raises:
       ValueError: `k` is not a whole number of at least 1.
     """
-    robust.require_count("k", k, "[1, inf)")
+    choices.require_count("k", k, "[1, inf)")
 
     def choose(flat, count, step, worker):
         drawn = jax.random.fold_in(jax.random.fold_in(key, step), worker)

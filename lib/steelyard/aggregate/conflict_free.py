@@ -108,13 +108,9 @@ def _least_squares(
     rounding = count * jnp.finfo(jnp.float32).eps
     values, vectors = jnp.linalg.eigh(cosine)
     dropped = values <= rounding * values[-1]
-    inner = jnp.where(dropped, 0, _matvec(vectors.T, target))
+    inner = jnp.where(dropped, 0, stacked_lib.matvec(vectors.T, target))
     # Without this floor a direction made of rounding errors would be blown up to the full length.
     negligible = jnp.sum(inner**2) <= (4 * rounding) ** 2 * jnp.sum(target**2)
     inner = jnp.where(negligible, 0, inner)
     solved = inner / jnp.where(dropped, 1, values)
-    return _matvec(vectors, solved), _matvec(vectors, inner), jnp.sum(inner * solved)
-
-
-def _matvec(matrix: Float[Array, "K K"], vector: Float[Array, "K"]) -> Float[Array, "K"]:
-    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)
+    return stacked_lib.matvec(vectors, solved), stacked_lib.matvec(vectors, inner), jnp.sum(inner * solved)

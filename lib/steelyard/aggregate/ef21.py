@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from steelyard import choices, precision
 from steelyard import tree as tree_lib
-from steelyard.aggregate import compressors, robust
+from steelyard.aggregate import compressors
 from steelyard.aggregate import stacked as stacked_lib
 
 PyTree = Any
@@ -79,17 +79,14 @@ def ef21(
 
     Source: Error Feedback Reloaded: From Quadratic to Arithmetic Mean of Smoothness Constants (2024, Richtarik et al.).
     """
-    robust.require_count("num_workers", num_workers, "[1, inf)")
+    choices.require_count("num_workers", num_workers, "[1, inf)")
     if not callable(compressor):
         raise ValueError(f"compressor={compressor!r} must be a function (tree, step, worker) -> tree")
     if weights is not None:
         _check_weights(weights, num_workers)
 
     def init(params):
-        def zeros(p):
-            return jnp.zeros((num_workers, *jnp.shape(p)), precision.wide(p).dtype)
-
-        return EF21State(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params))
+        return EF21State(jnp.zeros((), jnp.int32), stacked_lib.wide_zeros(params, num_workers))
 
     def update(stacked, state, params=None, *, axis_name=None, **extra_args):
         del params, extra_args
@@ -112,11 +109,8 @@ def ef21(
 
 def ef21_exchange_init(params: PyTree) -> EF21ExchangeState:
     """The state of `ef21_exchange` before the first step, of zeros."""
-
-    def zeros():
-        return jax.tree.map(lambda p: jnp.zeros_like(precision.wide(p)), params)
-
-    return EF21ExchangeState(jnp.zeros((), jnp.int32), zeros(), zeros())
+    estimate, mean = stacked_lib.wide_zeros(params), stacked_lib.wide_zeros(params)
+    return EF21ExchangeState(jnp.zeros((), jnp.int32), estimate, mean)
 
 
 def ef21_exchange(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from steelyard import choices
-from steelyard.aggregate import robust
 from steelyard.aggregate import stacked as stacked_lib
 
 # Eigenvalues below this times the largest are those of dependent rows, up to rounding.
@@ -61,8 +60,8 @@ def flag(
       (2024, Almasi et al.). The start is ours, the paper's is random.
     """
     if rank is not None:
-        robust.require_count("rank", rank, "[1, inf)")
-    robust.require_count("iterations", iterations, "[0, inf)")
+        choices.require_count("rank", rank, "[1, inf)")
+    choices.require_count("iterations", iterations, "[0, inf)")
     choices.require_within("regularization", regularization, "[0, inf)")
     choices.require_within("eps", eps, "(0, inf)")
 

@@ -3,6 +3,7 @@
 ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks, the section on M-ConFIG and its algorithm.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -88,9 +89,7 @@ def momentum_conflict_free(
         aggregator = conflict_free()
 
     def init(params):
-        def zeros(*leading):
-            return jax.tree.map(lambda p: jnp.zeros((*leading, *jnp.shape(p)), precision.wide(p).dtype), params)
-
+        zeros = functools.partial(stacked_lib.wide_zeros, params)
         counts, step = jnp.zeros((num_tasks,), jnp.int32), jnp.zeros((), jnp.int32)
         return MomentumConflictFreeState(zeros(num_tasks), counts, step, zeros(), zeros(), aggregator.init(params))
 
@@ -157,9 +156,7 @@ def value_and_grad_cyclic(
 
 
 def _check(num_tasks: int, b1: float, b2: float, eps: float) -> None:
-    choices.require_within("num_tasks", num_tasks, "[1, inf)")
-    if num_tasks != int(num_tasks):
-        raise ValueError(f"num_tasks={num_tasks} must be a whole number, at least 1")
+    choices.require_count("num_tasks", num_tasks, "[1, inf)")
     choices.require_within("b1", b1, "[0, 1)")
     choices.require_within("b2", b2, "[0, 1)")
     choices.require_within("eps", eps, "(0, inf)")

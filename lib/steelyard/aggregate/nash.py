@@ -53,7 +53,7 @@ def nash(*, max_norm: float | None = 1.0, normalize: bool = True, iterations: in
         scale = _root_size(gram, norms) if normalize else 1.0
         gains = jnp.where(norms == 0, 0, scale * gains)
         if max_norm is not None:
-            length = jnp.sqrt(jnp.maximum(jnp.vdot(gains, simplex.matvec(cosines, gains)), 0))
+            length = jnp.sqrt(jnp.maximum(jnp.vdot(gains, stacked_lib.matvec(cosines, gains)), 0))
             gains = gains * jnp.minimum(1, max_norm / jnp.where(length == 0, 1, length))
         return gains * units, state
 
@@ -75,7 +75,7 @@ def _equal_gains(cosines: Float[Array, "K K"], iterations: int) -> Float[Array, 
     """
 
     def step(_, y):
-        residual = y * simplex.matvec(cosines, y) - 1
+        residual = y * stacked_lib.matvec(cosines, y) - 1
         factor = jnp.linalg.cholesky(jnp.eye(len(y), dtype=y.dtype) + y[:, None] * cosines * y)
         z = jax.scipy.linalg.cho_solve((factor, True), residual)
         decrement = jnp.sqrt(jnp.maximum(jnp.vdot(residual, z), 0))

@@ -43,10 +43,10 @@ def nearest_neighbor(num_byzantine: int, *, pivot: int | Int[Array, ""] = 0) -> 
 
     Source: Robust Collaborative Learning with Linear Gradient Overhead (2023, Farhadkhani et al.), algorithm 1.
     """
-    num_byzantine = robust.require_count("num_byzantine", num_byzantine, "[0, inf)")
+    num_byzantine = choices.require_count("num_byzantine", num_byzantine, "[0, inf)")
     is_traced = isinstance(pivot, jax.core.Tracer)
     if not is_traced:
-        pivot = robust.require_count("pivot", pivot, "[0, inf)")
+        pivot = choices.require_count("pivot", pivot, "[0, inf)")
 
     def check(count):
         if 2 * num_byzantine >= count:

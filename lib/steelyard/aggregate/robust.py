@@ -66,7 +66,7 @@ def trimmed_mean(num_trimmed: int) -> stacked_lib.Aggregator:
 
     Source: Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates (2018, Yin et al.), definition 2.
     """
-    num_trimmed = require_count("num_trimmed", num_trimmed, "[0, inf)")
+    num_trimmed = choices.require_count("num_trimmed", num_trimmed, "[0, inf)")
 
     def update(stacked, state, params=None, **extra_args):
         del params, extra_args
@@ -104,8 +104,8 @@ def krum(num_byzantine: int, *, num_selected: int = 1) -> stacked_lib.Aggregator
 
     Source: Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent (2017, Blanchard et al.), section 4.
     """
-    num_byzantine = require_count("num_byzantine", num_byzantine, "[0, inf)")
-    num_selected = require_count("num_selected", num_selected, "[1, inf)")
+    num_byzantine = choices.require_count("num_byzantine", num_byzantine, "[0, inf)")
+    num_selected = choices.require_count("num_selected", num_selected, "[1, inf)")
 
     def check(count):
         if 2 * num_byzantine + 2 >= count:
@@ -155,7 +155,7 @@ def geometric_median(*, iterations: int = 8, smoothing: float = 1e-6, init: str 
 
     Source: Robust Aggregation for Federated Learning (2022, Pillutla et al.), algorithm 2; the start is our own.
     """
-    iterations = require_count("iterations", iterations, "[1, inf)")
+    iterations = choices.require_count("iterations", iterations, "[1, inf)")
     choices.require_within("smoothing", smoothing, "(0, inf)")
     choices.require("init", init, _STARTS)
 
@@ -164,7 +164,7 @@ def geometric_median(*, iterations: int = 8, smoothing: float = 1e-6, init: str 
         gram = jnp.where(valid[:, None] & valid, gram, 0)
 
         def step(_, weights):
-            product = jnp.matmul(gram, weights, precision=jax.lax.Precision.HIGHEST)
+            product = stacked_lib.matvec(gram, weights)
             distances = jnp.sqrt(jnp.maximum(jnp.vdot(weights, product) - 2 * product + jnp.diagonal(gram), 0))
             pulls = jnp.where(valid, 1 / jnp.maximum(distances, smoothing), 0)
             return pulls / jnp.maximum(jnp.sum(pulls), jnp.finfo(pulls.dtype).tiny)
@@ -196,14 +196,6 @@ def sorted_rows(x: Float[Array, "K ..."]) -> Float[Array, "K ..."]:
     for i, j in _exchanges(count):
         rows[i], rows[j] = jnp.minimum(rows[i], rows[j]), jnp.maximum(rows[i], rows[j])
     return jnp.stack(rows)
-
-
-def require_count(name: str, value: int, interval: str) -> int:
-    """The value, if it is a whole number in the interval (`choices.require_within`); else raises `ValueError`."""
-    choices.require_within(name, value, interval)
-    if int(value) != value:
-        raise ValueError(f"{name}={value} must be a whole number in {interval}")
-    return int(value)
 
 
 def _mean_of_middle(stacked: PyTree, num_trimmed: int) -> PyTree:

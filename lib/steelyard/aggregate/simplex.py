@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from steelyard.aggregate.stacked import matvec
+
 _EPS = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -202,11 +204,6 @@ def _magnitude(problem: _Problem, y: Float[Array, "K"]) -> Float[Array, ""]:
     """The size of the terms that `value` adds up, to which its rounding is relative."""
     terms = matvec(jnp.abs(problem.matrix), y) / _positive(problem.norm(y))
     return jnp.vdot(y, terms + jnp.abs(problem.linear))
-
-
-def matvec(matrix: Float[Array, "K K"], vector: Float[Array, "K"]) -> Float[Array, "K"]:
-    """At full float32 precision on every device."""
-    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)
 
 
 def _positive(x: Array) -> Array:

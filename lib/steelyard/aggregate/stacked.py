@@ -135,6 +135,21 @@ def zero_rows(stacked: PyTree, valid: Bool[Array, "K"]) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.where(_along_rows(valid, leaf), leaf, jnp.zeros((), leaf.dtype)), stacked)
 
 
+def choose_rows(chosen: Bool[Array, "K"], these: PyTree, others: PyTree) -> PyTree:
+    """A stacked tree with the rows that are chosen from `these` and the rest from `others`."""
+    return jax.tree.map(lambda x, y: jnp.where(_along_rows(chosen, x), x, y), these, others)
+
+
+def wide_zeros(params: PyTree, *leading: int) -> PyTree:
+    """Zeros like the parameters, in float32 at least, with leading axes: for state that is accumulated."""
+    return jax.tree.map(lambda p: jnp.zeros((*leading, *jnp.shape(p)), precision.wide(p).dtype), params)
+
+
+def matvec(matrix: Float[Array, "K K"], vector: Float[Array, "K"]) -> Float[Array, "K"]:
+    """At full float32 precision on every device."""
+    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)
+
+
 def pairwise_sqdist(gram: Float[Array, "K K"], valid: Bool[Array, "K"] | None = None) -> Float[Array, "K K"]:
     """Squared distances of all pairs of rows, `max(G_kk + G_ll - 2 G_kl, 0)`.
 

@@ -33,7 +33,7 @@ def svd_weights(gram: Float[Array, "K K"], rank: int) -> Float[Array, "K"]:
     Raises:
       ValueError: `rank` is not in 1..K, or `gram` is not square.
     """
-    _check_rank(rank)
+    choices.require_count("rank", rank, "[1, inf)")
     if jnp.ndim(gram) != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram must be a square matrix [K, K], got shape {jnp.shape(gram)}")
     if rank > gram.shape[0]:
@@ -62,7 +62,7 @@ def svd_reweight(rank: int, *, normalize: bool = False) -> stacked_lib.Aggregato
     Raises:
       ValueError: `rank` is not a whole number from 1 on; while tracing, it exceeds the number of gradients.
     """
-    _check_rank(rank)
+    choices.require_count("rank", rank, "[1, inf)")
 
     def rule(gram, losses, state):
         del losses
@@ -73,9 +73,3 @@ def svd_reweight(rank: int, *, normalize: bool = False) -> stacked_lib.Aggregato
         return weights, state
 
     return stacked_lib.from_gram(rule)
-
-
-def _check_rank(rank: int) -> None:
-    choices.require_within("rank", rank, "[1, inf)")
-    if rank != int(rank):
-        raise ValueError(f"rank={rank} must be a whole number, at least 1")
