@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from steelyard import choices
@@ -37,6 +38,12 @@ def test_a_number_inside_passes(value, interval):
 def test_a_number_outside_is_named_with_the_interval(value, interval):
     with pytest.raises(ValueError, match=f"^{re.escape(f'rate={value} must lie in {interval}')}$"):
         choices.require_within("rate", value, interval)
+
+
+def test_the_first_number_of_an_array_that_is_outside_is_named():
+    choices.require_within("counts", jnp.array([1.0, 3.0]), "(0, inf)")
+    with pytest.raises(ValueError, match=r"^counts=-2\.0 must lie in \(0, inf\)$"):
+        choices.require_within("counts", jnp.array([[1.0, -2.0], [0.0, 3.0]]), "(0, inf)")
 
 
 def test_a_schedule_where_a_number_must_stand_is_told_what_to_do():

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from steelyard import tree
 
@@ -28,14 +29,14 @@ def require(name: str, value: Any, allowed: Iterable[str]) -> None:
 
 
 def require_within(name: str, value: Any, interval: str) -> None:
-    """Refuses a number outside of an interval; NaN is outside of all.
+    """Refuses a number, or an array with one, outside of an interval; NaN is outside of all.
 
     A value that JAX traces cannot be looked at and is let through, so that a hyperparameter may be an argument of a
     jitted function.
 
     Args:
       name: what the caller calls the argument.
-      value: what was given.
+      value: what was given; of an array the first number that is outside is named.
       interval: in the usual notation, a round bracket excluding its end: "[0, 1)", "(0, inf)".
 
     Raises:
@@ -53,10 +54,12 @@ def require_within(name: str, value: Any, interval: str) -> None:
     if isinstance(value, jax.core.Tracer):
         return
     low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value > low or (interval[0] == "[" and value == low)
-    below = value < high or (interval[-1] == "]" and value == high)
-    if not (above and below):
-        raise ValueError(f"{name}={value} must lie in {interval}")
+    values = np.asarray(value)
+    above = values >= low if interval[0] == "[" else values > low
+    below = values <= high if interval[-1] == "]" else values < high
+    wrong = ~(above & below)
+    if np.any(wrong):
+        raise ValueError(f"{name}={values[wrong][0] if values.ndim else value} must lie in {interval}")
 
 
 def require_count(name: str, value: int, interval: str) -> int:

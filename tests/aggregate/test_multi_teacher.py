@@ -80,6 +80,13 @@ def test_a_first_loss_of_zero_counts_as_no_progress():
     np.testing.assert_allclose(weights, [[1 / 2, 1 / 2], [3 / 4, 1 / 4]], atol=STEP)
 
 
+def test_ratios_beyond_float32_share_the_weight():
+    """r = (8 / 2^-126, 8 / 2^-126, 1) counts as (1e30, 1e30, 1)."""
+    tiny = 2.0**-126
+    weights = weights_of([[tiny, tiny, 1], [8, 8, 1]], rate=1.0)
+    np.testing.assert_allclose(weights[1], [1 / 2, 1 / 2, 0], atol=STEP)
+
+
 def test_losses_that_are_all_zero_give_equal_shares():
     np.testing.assert_allclose(
         weights_of([[1, 2], [1, 4], [0, 0]], rate=1.0), [[1 / 2] * 2, [1 / 3, 2 / 3], [1 / 2] * 2]

@@ -35,8 +35,8 @@ def normalized_loss_balance(num_tasks: int, *, rate: float = 0.025, power: float
         r_k = (L_k / L0_k)^power
         w_k <- max(0, w_k + rate (r_k / sum_j r_j - w_k)),  then  w <- w / sum(w)
 
-    and uses the new w. Where `L0_k = 0`, `r_k = 1`; where all of r is zero its shares are equal. The scale of a loss
-    does not matter. Meant for losses that are never negative, such as `steelyard.losses.forward_kl` to each teacher.
+    and uses the new w. Where `L0_k = 0`, `r_k = 1`; where all of r is zero its shares are equal. Ratios above
+    1e30 count as 1e30. The scale of a loss does not matter. Meant for losses that are never negative, such as `steelyard.losses.forward_kl` to each teacher.
     The state is 2 K numbers, and one backward pass suffices.
 
     Args:
@@ -75,6 +75,7 @@ def normalized_loss_balance(num_tasks: int, *, rate: float = 0.025, power: float
 
 def _shares(losses: Float[Array, "K"], first: Float[Array, "K"], power: float) -> Float[Array, "K"]:
     ratios = jnp.where(first == 0, 1, losses / jnp.where(first == 0, 1, first)) ** power
+    ratios = jnp.minimum(ratios, 1e30)  # no overflow, and a sum whose reciprocal is not lost either
     total = jnp.sum(ratios)
     return jnp.where(total == 0, 1 / len(losses), ratios / jnp.where(total == 0, 1, total))
 
