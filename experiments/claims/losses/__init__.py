@@ -1,0 +1,3 @@
+"""The claims of the losses room, one module a method."""
+
+__all__ = []
