@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments import components, tasks
@@ -105,7 +106,7 @@ def build(config: Any) -> Experiment:
         data.check(source, num_classes=getattr(model, "num_classes", None))
     return Experiment(
         settings=settings,
-        task=components.make(settings["task"], [tasks], "config.task", model),
+        task=components.make(settings["task"], [tasks], "config.task", model, optional=_class_counts(train_data)),
         model=model,
         train_data=train_data,
         test_data=test_data,
@@ -125,6 +126,13 @@ def _make(settings, key: str, module, **kwargs):
 def _require_positive(settings: Mapping[str, Any], key: str) -> None:
     if not isinstance(settings[key], int) or settings[key] < 1:
         raise components.ConfigError(f"config.{key}={settings[key]!r} must be a whole number of at least 1")
+
+
+def _class_counts(source) -> dict[str, Any]:
+    """How many examples each class has, where the labels are in memory."""
+    if source.info.num_classes is None or not isinstance(source, data.Arrays):
+        return {}
+    return {"counts": np.bincount(source.columns[source.info.label].ravel(), minlength=source.info.num_classes)}
 
 
 def _load(settings: Mapping[str, Any], split: str):
@@ -203,6 +211,7 @@ def _init(experiment: Experiment, link: reparam.Reparam, batch_shapes: PyTree) -
         extra = {} if model_state is None else {"model_state": model_state}
         result = experiment.task.forward(params, zeros, rng=None, train=False, **extra)
         outputs = result if model_state is None else result[0]
+    make_table = experiment.task.example_state
     return train.init_state(
         params,
         experiment.tx,
@@ -211,6 +220,7 @@ def _init(experiment: Experiment, link: reparam.Reparam, batch_shapes: PyTree) -
         aggregator=experiment.aggregator,
         outputs=outputs,
         model_state=model_state,
+        example_state=None if make_table is None else make_table(len(experiment.train_data)),
     )
 
 

@@ -3,7 +3,9 @@
 `config.task = dict(name="classify_and_reconstruct", mask_ratio=0.3)` calls the function of that name with the model.
 """
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from experiments import components
 from steelyard import losses as losses_lib
 
 PyTree = Any
@@ -26,6 +29,7 @@ class Task(NamedTuple):
       score: the metric of `measure` by which runs are compared.
       direction: "higher" or "lower" is better.
       predict: `outputs -> predictions`, integers: packed and unpacked weights must agree on them.
+      example_state: `number of training examples -> table`, for losses that keep a value for each of them.
     """
 
     names: tuple[str, ...]
@@ -37,12 +41,22 @@ class Task(NamedTuple):
     score: str
     direction: str
     predict: Callable[[PyTree], Array]
+    example_state: Callable[[int], PyTree] | None = None
 
 
 def classify(
-    model, *, column: str = "image", mean: float = 0.0, std: float = 1.0, label_smoothing: float = 0.0, shift: int = 0
+    model,
+    *,
+    column: str = "image",
+    mean: float = 0.0,
+    std: float = 1.0,
+    label_smoothing: float = 0.0,
+    shift: int = 0,
+    loss: str = "softmax_cross_entropy_with_integer_labels",
+    loss_options: Mapping[str, Any] | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Task:
-    """Classes of images (or of rows of features), by softmax cross entropy.
+    """Classes of images (or of rows of features).
 
     Args:
       model: gives logits, or a mapping with `logits`.
@@ -50,13 +64,33 @@ def classify(
       mean, std: the model sees (x - mean) / std; images of bytes are first brought to [0, 1].
       label_smoothing: share of the target that is spread over all classes, in [0, 1).
       shift: in training, images are moved by up to so many pixels along each axis.
+      loss: the name of a function `(logits, labels, **options) -> losses` of `steelyard.losses`.
+        "adaptive_ldr_loss" keeps a temperature for each training example.
+      loss_options: its options, such as `dict(gamma=2.0)`.
+      counts: how many training examples each class has; a loss that has this option gets it. The data set's own if
+        the config leaves it out.
     """
+    loss_options = dict(loss_options or {})
+    function = _loss_of(loss, loss_options, counts, label_smoothing)
 
     def inputs(batch):
         return (_unit(batch[column]) - mean) / std
 
     def losses(outputs, batch):
-        return {"class": _cross_entropy(_logits(outputs), batch["label"], label_smoothing)}
+        return {"class": function(_logits(outputs), batch["label"])}
+
+    @losses_lib.with_example_state
+    def adaptive_losses(outputs, batch, temperatures):
+        rows = batch["index"]
+        loss, new = function(_logits(outputs), batch["label"], temperatures[rows])
+        return {"class": loss}, temperatures.at[rows].set(new)
+
+    if loss == "adaptive_ldr_loss":
+        reference = loss_options.get("reference", 1.0)
+        losses, example_state = adaptive_losses, lambda examples: jnp.full(examples, reference, jnp.float32)
+    else:
+        example_state = None
+        losses = losses_lib.batch_dependent(losses) if _is_batch_dependent(loss) else losses
 
     def prepare(params, batch, references, rng, **model_state):
         del params, references, model_state
@@ -72,6 +106,7 @@ def classify(
         score="accuracy",
         direction="higher",
         predict=lambda outputs: jnp.argmax(_logits(outputs), -1),
+        example_state=example_state,
     )
 
 
@@ -212,6 +247,25 @@ def _unit(image: Array) -> Array:
 
 def _logits(outputs: PyTree) -> Array:
     return outputs["logits"] if isinstance(outputs, dict) else outputs
+
+
+def _loss_of(name: str, options: dict[str, Any], counts, label_smoothing: float) -> Callable[..., Any]:
+    """The loss of this name with its options, checked."""
+    if name == "softmax_cross_entropy_with_integer_labels":
+        components.check_keys(options, (), "loss_options")
+        return functools.partial(_cross_entropy, smoothing=label_smoothing)
+    if label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} belongs to cross entropy; loss={name!r} has no use for it")
+    function = components.find(name, [losses_lib], "loss")
+    allowed = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    components.check_keys(options, allowed, "loss_options")
+    if counts is not None and "counts" in allowed:
+        options = {"counts": counts} | options
+    return functools.partial(function, **options)
+
+
+def _is_batch_dependent(name: str) -> bool:
+    return getattr(getattr(losses_lib, name), "batch_dependent", False)
 
 
 def _cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:

@@ -35,6 +35,11 @@ CONTRACTS = {
     "restore": "a state is saved and restored to the same bits",
     "recompile": "the second step runs the first one's program",
     "donate": "a first state can be donated: no two of its arrays are one",
+    "rows": "the loss of an example is its own, whatever the others are",
+    "extremes": "losses and gradients are finite for scores up to 1e4, probabilities of 0 and 1, batches of one class",
+    "half": "half-precision inputs give what the same inputs give in float32, in float32",
+    "shards": "a batch split over 8 devices gives value and gradient of the whole, by jit and by shard_map",
+    "padding": "rows outside of `where` count for nothing",
 }
 
 _TREE = {"jit", "vmap", "x64", "dtype", "none", "scalar", "empty", "length_one", "zero", "frameworks", "sharding"}
@@ -46,9 +51,12 @@ KINDS: dict[str, set[str]] = {
     "gradient": _TREE,  # instead of jax.value_and_grad
     "tree": _TREE,  # other functions of trees, solvers among them
     "array": {"jit", "vmap", "x64", "dtype", "zero", "recompile"},  # functions of one matrix
+    "loss": {"x64", "rows", "extremes", "half"},  # one number an example, or more
+    "batch_loss": {"x64", "extremes", "half", "shards", "padding"},  # that depend on the whole batch
     "schedule": {"jit", "vmap", "zero", "recompile"},
     "host": set(),  # runs in Python, before training or after it
     "type": set(),
+    "constant": set(),
 }
 
 
@@ -76,7 +84,9 @@ class Entry(NamedTuple):
       chained: for transformations and aggregators: `inner -> transformation` in which extra arguments must reach
         `inner`, which is wrapped or comes next.
       extra: for these, `params -> extra arguments` that it needs.
-      make: for aggregators, `() -> aggregator`.
+      make: for aggregators and losses, `() -> aggregator` or loss.
+      targets: for losses, what they are compared with; see `loss`.
+      per_anchor: for losses of a batch, whether there is one number a row.
     """
 
     name: str
@@ -87,6 +97,8 @@ class Entry(NamedTuple):
     chained: Callable[[Any], Any] | None = None
     extra: Callable[[PyTree], dict[str, Any]] | None = None
     make: Callable[[], Any] | None = None
+    targets: str = "labels"
+    per_anchor: bool = True
 
     @property
     def contracts(self) -> set[str]:
@@ -201,6 +213,45 @@ def array(name, make, **rest) -> Entry:
     return tree(name, make, kind="array", **rest)
 
 
+TARGETS = ("labels", "binary", "probabilities")
+
+
+def summed(fn):
+    """`(scores, targets) -> (gradient, losses)` of the sum of all losses, with any options."""
+
+    def value(scores, targets, **options):
+        losses = fn(scores, targets, **options)
+        return jnp.sum(losses), losses
+
+    return jax.grad(value, has_aux=True)
+
+
+def loss(name, make, *, targets="labels", kind="loss", **rest) -> Entry:
+    """`make() -> (scores [n, classes], targets) -> losses [n, ...]`; a step gives their gradient and the losses.
+
+    With targets "labels" these are integers [n], with "binary" and "probabilities" zeros and ones [n, classes]; with
+    "probabilities" the scores are probabilities.
+    """
+    assert targets in TARGETS, targets
+
+    def program():
+        fn = summed(make())
+
+        def step(params, grads):
+            scores = jax.nn.sigmoid(params) if targets == "probabilities" else params
+            labels = jnp.argmax(grads, -1) if targets == "labels" else (grads > 0).astype(grads.dtype)
+            return fn(scores, labels), params
+
+        return Program(lambda params: params, step)
+
+    return Entry(name, kind, program, make=make, targets=targets)._replace(**rest)
+
+
+def batch_loss(name, make, *, targets="labels", **rest) -> Entry:
+    """As `loss`, with `where=` and `axis_name=`; `per_anchor=False` if there are not as many losses as rows."""
+    return loss(name, make, targets=targets, kind="batch_loss", **rest)
+
+
 def schedule(name, make, **rest) -> Entry:
     """`make() -> count -> value`."""
 
@@ -217,6 +268,10 @@ def host(name, reason) -> Entry:
 
 def a_type(name) -> Entry:
     return Entry(name, "type")
+
+
+def constant(name) -> Entry:
+    return Entry(name, "constant")
 
 
 # What the lines below are made of.
@@ -446,8 +501,45 @@ def _online(loss):
     return lambda p, g: loss(p, jnp.cos(g))
 
 
+def _adjusted(p, g):
+    return losses.adjust_logits(p, jnp.argmax(g, -1), scale=2.0, offset=g[0], margin=jnp.abs(g[1]))
+
+
 def _labelled(loss):
     return lambda p, g: loss(p, jax.nn.softmax(g))
+
+
+def _one_against_rest(scores, labels):
+    return losses.ensemble_calibrated_loss(jnp.where(labels == 0, 1, -1) * scores[:, 0], jax.random.key(0))
+
+
+def _counted(loss):
+    """With classes of different sizes."""
+    return lambda s, y: loss(s, y, counts=jnp.arange(1, s.shape[-1] + 1))
+
+
+def _hashed(scores, labels):
+    bits = scores.shape[-1]
+    return losses.orthohash_loss(scores, labels, 2 * jnp.eye(bits) - 1)
+
+
+def _binned(scores, labels):
+    """The first score against the class as a number, the others as logits of bins of it."""
+    target, edges = labels.astype(scores.dtype), jnp.arange(scores.shape[1] - 2) + 0.5
+    return losses.regression_with_classification(scores[:, 0], scores[:, 1:], target, edges=edges)
+
+
+def _reweighted(scores, targets, **options):
+    return losses.macro_auc_univariate(scores, targets, reweight=True, **options)
+
+
+def _over_batch(loss):
+    return functools.partial(loss, axis=0)
+
+
+def _simpson_gap(p, g):
+    dice = functools.partial(losses.soft_dice_loss, axis=0)
+    return losses.simpson_gap(dice, (jax.nn.sigmoid(p), jax.nn.sigmoid(g)), batch_size=2)
 
 
 def _balanced_entropies(p, g):
@@ -468,6 +560,82 @@ def _example_step(params, grads):
     step = examples.bilevel_step(inner, _loss, inner_rate=0.1, outer_tx=tx)
     state = examples.BilevelStepState(params, grads, tx.init(grads))
     return step(state, None, params)[0].params
+
+
+def _experts(scores, labels):
+    """The gradient is that of one expert, so that in half precision it is rounded once."""
+    others = jnp.zeros_like(scores)
+    return losses.ride_loss(jnp.stack([scores, others, others]), labels, margin=0.5, temperature=2.0)
+
+
+def _subclasses(embeddings, labels, **options):
+    return losses.subclass_contrastive(embeddings, labels // 2, labels % 2, labels, **options)
+
+
+# These use the scores more than once: half precision would round each share of their gradient.
+
+
+def _paired(embeddings, labels, **options):
+    del labels
+    embeddings = precision.wide(embeddings)
+    return losses.sigmoid_contrastive(embeddings, embeddings[:, ::-1], log_scale=0.1, bias=-1.0, **options)
+
+
+def _mined(embeddings, labels, **options):
+    del labels
+    embeddings = precision.wide(embeddings)
+    mined = jnp.stack([-embeddings, embeddings[:, ::-1]], 1)
+    return losses.info_nce(embeddings, embeddings[:, ::-1], mined, share_negatives=True, **options)
+
+
+def _graded(embeddings, labels, **options):
+    return losses.cosent(embeddings[:, 0], labels, **options)
+
+
+def _two_heads(embeddings, labels, *, where=None, axis_name=None):
+    del labels
+    embeddings = precision.wide(embeddings)
+    a, b = jnp.stack([embeddings, -embeddings]), jnp.stack([embeddings[:, ::-1], embeddings])
+    temperatures = losses.adaptive_temperatures(a, b, axis_name=axis_name)
+    return losses.multi_head_contrastive(a, b, temperatures, where=where, axis_name=axis_name)
+
+
+def _next_negatives(p, g):
+    state = examples.NegativeState(jnp.arange(8), jnp.abs(p[:, 0]))
+    return examples.refresh_negatives(state, g[:, 0], window=2, num_candidates=9)
+
+
+def _cluster_temperatures(p, g):
+    return examples.cluster_temperatures(g, jnp.arange(8) % 3, 1 + jnp.abs(p[0, :3]), jnp.array([1, 2, 3]))
+
+
+def _pk_batch(p, g):
+    del p
+    return examples.pk_batch(jax.random.key(0), jnp.argmax(g, -1), classes=2, per_class=3)
+
+
+def _spread(scores, labels, **options):
+    means = losses.class_means(scores, labels, 5, **options)
+    return losses.within_class_spread(scores, labels, means, **options)
+
+
+def _virtual_features(p, g):
+    covariance = p[:, :, None] * p[:, None, :] + jnp.diag(jnp.arange(1, 5)).astype(p.dtype)
+    return examples.sample_features(
+        jax.random.key(0), examples.Gaussians(g, covariance, jnp.ones(8, int)), jnp.arange(8)
+    )
+
+
+def _saddle(scores, labels):
+    del labels
+    saddle = losses.bellman_saddle(scores, scores / 2)
+    return saddle.primal + saddle.dual
+
+
+def _trusted(scores, labels, *, where=None, axis_name=None):
+    del labels, where
+    variance = jnp.var(precision.wide(scores), axis=1)
+    return losses.inverse_variance_weights(variance, min_effective=7.0, axis_name=axis_name)
 
 
 ENTRIES = [
@@ -639,29 +807,193 @@ ENTRIES = [
         excuses=_NEEDS_LEAVES,
     ),
     # losses
+    constant("losses.INITIAL_BIAS"),
+    constant("losses.INITIAL_LOG_SCALE"),
+    a_type("losses.Mixed"),
+    a_type("losses.Saddle"),
+    loss("losses.adaptive_ldr_loss", lambda: lambda s, y: losses.adaptive_ldr_loss(s, y, 1.0)[0]),
+    array("losses.adaptive_temperatures", lambda: lambda p, g: losses.adaptive_temperatures(p[None], g[None])),
+    array("losses.adaptive_threshold", lambda: lambda p, g: losses.adaptive_threshold(jax.nn.sigmoid(g) / 4, 4)),
+    array("losses.adjust_logits", lambda: _adjusted),
+    array("losses.advantage_weights", lambda: lambda p, g: losses.advantage_weights(p)),
+    loss("losses.amplify", lambda: lambda p, t: losses.amplify((p - t) ** 2), targets="probabilities"),
+    loss("losses.asymmetric_loss", lambda: losses.asymmetric_loss, targets="binary"),
+    loss("losses.asymmetric_softmax_loss", lambda: losses.asymmetric_softmax_loss),
     array("losses.balanced_kl", lambda: _online(losses.balanced_kl)),
     host("losses.batch_dependent", "marks a function and returns it"),
+    batch_loss("losses.batch_hard_triplet", lambda: losses.batch_hard_triplet),
+    loss("losses.bellman_saddle", lambda: _saddle),
+    array("losses.best_biased_variance", lambda: lambda p, g: losses.best_biased_variance(g)),
+    array("losses.bin_targets", lambda: lambda p, g: losses.bin_targets(p, jnp.sort(g[0]))),
+    host("losses.binary_target_codes", "makes a table of signs once"),
+    host("losses.box_cox_parameter", "draws one number"),
+    array("losses.calibrated_derivatives", lambda: lambda p, g: losses.calibrated_derivatives(p[:, 0], g[:, 0])),
+    array("losses.class_counts", lambda: lambda p, g: losses.class_counts(jnp.argmax(g, -1), 4)),
+    array("losses.class_means", lambda: lambda p, g: losses.class_means(g, jnp.arange(8) % 3, 4)),
+    array("losses.class_weights", lambda: lambda p, g: losses.class_weights(jnp.abs(g[0]))),
+    array("losses.cone_cosine", lambda: lambda p, g: losses.cone_cosine(g, jnp.arange(8) % 3, 4)),
+    loss("losses.contrastive_pair_loss", lambda: losses.contrastive_pair_loss, targets="binary"),
+    loss(
+        "losses.corrected_td",
+        lambda: lambda s, y: losses.corrected_td(s[:, 0], s[:, 1], s[:, 2], s[:, 3], discount=0.9),
+    ),
+    batch_loss("losses.cosent", lambda: _graded, per_anchor=False),
     array("losses.cosine_similarity", lambda: _online(losses.cosine_similarity)),
+    array("losses.cumulative_logits", lambda: lambda p, g: losses.cumulative_logits(p, g[:4], g[0])),
+    loss("losses.cumulative_nll", lambda: losses.cumulative_nll),
+    array("losses.cumulative_probabilities", lambda: lambda p, g: losses.cumulative_probabilities(p)),
+    schedule("losses.deferred", lambda: functools.partial(losses.deferred, start=1, before=1.0, after=2.0)),
+    array("losses.diversity_temperatures", lambda: lambda p, g: losses.diversity_temperatures(1 + g[0] ** 2)),
+    loss("losses.encouraging_loss", lambda: losses.encouraging_loss),
+    loss(
+        "losses.ensemble_calibrated_loss",
+        lambda: _one_against_rest,
+        excuses={"rows": "a loss of its own for each batch"},
+    ),
+    array("losses.ensemble_quantile", lambda: lambda p, g: losses.ensemble_quantile(p)),
     array("losses.entropy", lambda: lambda p, g: losses.entropy(g)),
+    loss("losses.expectile_loss", lambda: lambda s, y: losses.expectile_loss(s)),
+    array(
+        "losses.fisher_discriminant_ratio",
+        lambda: lambda p, g: losses.fisher_discriminant_ratio(g, jnp.arange(8) % 3, 4),
+        excuses={"zero": "there is no ratio to a spread of zero"},
+    ),
+    array("losses.foreground_prior", lambda: lambda p, g: losses.foreground_prior(1 + g[0, 0] ** 2, 9, 4)),
     array("losses.forward_kl", lambda: _online(losses.forward_kl)),
+    array("losses.frame_gap", lambda: lambda p, g: losses.frame_gap(g)),
+    array("losses.from_differences", lambda: lambda p, g: losses.from_differences(p)),
+    array("losses.fused_penalty", lambda: lambda p, g: losses.fused_penalty(p)),
+    array(
+        "losses.generalized_gaussian_excess_kurtosis",
+        lambda: lambda p, g: losses.generalized_gaussian_excess_kurtosis(0.5 + g * g),
+    ),
+    loss("losses.generalized_gaussian_nll", lambda: lambda s, y: losses.generalized_gaussian_nll(s, 0.5)),
+    array(
+        "losses.generalized_gaussian_variance", lambda: lambda p, g: losses.generalized_gaussian_variance(0.5 + g * g)
+    ),
+    array(
+        "losses.guided_loss_scale", lambda: lambda p, g: losses.guided_loss_scale(jnp.mean(g * g), jnp.mean(jnp.abs(p)))
+    ),
     array("losses.huber_loss", lambda: losses.huber_loss),
+    loss("losses.iif_loss", lambda: _counted(losses.iif_loss)),
+    batch_loss("losses.info_nce", lambda: _mined),
+    array("losses.inverse_image_frequency", lambda: lambda p, g: losses.inverse_image_frequency(jnp.abs(g[0]) + 1)),
+    batch_loss(
+        "losses.inverse_variance_weights",
+        lambda: _trusted,
+        excuses={"padding": "they are shares of a full batch: no `where`"},
+    ),
     array("losses.l2_loss", lambda: losses.l2_loss),
+    loss("losses.ldam_loss", lambda: _counted(losses.ldam_loss)),
+    array("losses.ldam_margins", lambda: lambda p, g: losses.ldam_margins(jnp.abs(g[0]) + 1)),
+    loss("losses.ldr_loss", lambda: functools.partial(losses.ldr_loss, temperature=0.5, margin=1.0)),
     array("losses.log_cosh", lambda: losses.log_cosh),
+    loss("losses.log_one_minus_p", lambda: losses.log_one_minus_p),
+    loss("losses.logit_adjusted_cross_entropy", lambda: _counted(losses.logit_adjusted_cross_entropy)),
+    batch_loss("losses.macro_auc_pairwise", lambda: losses.macro_auc_pairwise, targets="binary", per_anchor=False),
+    batch_loss("losses.macro_auc_univariate", lambda: _reweighted, targets="binary", per_anchor=False),
+    array("losses.max_norm", lambda: lambda p, g: losses.max_norm(g, radius=1.0)),
+    array("losses.metric_mixup", lambda: lambda p, g: losses.metric_mixup(jax.random.key(0), g, jnp.arange(8) % 3)),
+    batch_loss("losses.multi_head_contrastive", lambda: _two_heads),
+    loss("losses.multi_similarity_loss", lambda: losses.multi_similarity_loss, targets="binary"),
+    array(
+        "losses.multiplicative_logit_adjustment",
+        lambda: lambda p, g: losses.multiplicative_logit_adjustment(p, counts=jnp.abs(g[0]) + 1, gamma=0.5),
+    ),
+    array("losses.nearest_mean_angle", lambda: lambda p, g: losses.nearest_mean_angle(g)),
+    array("losses.normalize", lambda: lambda p, g: losses.normalize(g)),
+    loss("losses.orthohash_loss", lambda: _hashed),
+    array(
+        "losses.posthoc_logit_adjustment",
+        lambda: lambda p, g: losses.posthoc_logit_adjustment(p, counts=jnp.abs(g[0]) + 1),
+    ),
+    array("losses.prior_bias", lambda: lambda p, g: losses.prior_bias(jax.nn.sigmoid(g))),
+    loss("losses.pseudo_huber", lambda: lambda s, y: losses.pseudo_huber(s, 0.5)),
+    schedule("losses.pseudo_huber_delta", lambda: functools.partial(losses.pseudo_huber_delta, total=10)),
+    array("losses.pseudo_huber_delta_snr", lambda: lambda p, g: losses.pseudo_huber_delta_snr(jax.nn.sigmoid(g))),
+    host("losses.quantile_edges", "as many numbers as the targets allow"),
+    loss("losses.regression_with_classification", lambda: _binned),
+    array("losses.relu_normalize", lambda: lambda p, g: losses.relu_normalize(g)),
+    loss("losses.rescaled_square_loss", lambda: losses.rescaled_square_loss),
     array("losses.reverse_kl", lambda: _online(losses.reverse_kl)),
+    loss("losses.ride_loss", lambda: _experts),
+    loss("losses.riql_critic_loss", lambda: lambda s, y: losses.riql_critic_loss(s.T, y.astype(s.dtype)).T),
+    array("losses.routed_mean", lambda: lambda p, g: losses.routed_mean(jnp.stack([p, g]), g[None, :, 0])),
+    array("losses.routing_targets", lambda: lambda p, g: losses.routing_targets(jnp.stack([p, g]), jnp.argmax(g, -1))),
     array("losses.sigmoid_binary_cross_entropy", lambda: _labelled(losses.sigmoid_binary_cross_entropy)),
+    batch_loss(
+        "losses.sigmoid_contrastive", lambda: _paired, excuses={"padding": "padding would be negatives: no `where`"}
+    ),
     array("losses.sigmoid_focal_loss", lambda: _labelled(losses.sigmoid_focal_loss)),
+    host("losses.simplex_frame", "makes a constant from a key"),
+    array("losses.simpson_gap", lambda: _simpson_gap),
     array("losses.smooth_labels", lambda: lambda p, g: losses.smooth_labels(jax.nn.softmax(g), 0.1)),
+    array("losses.soft_counts", lambda: lambda p, g: losses.soft_counts(jax.nn.sigmoid(p), jax.nn.sigmoid(g), axis=0)),
+    batch_loss(
+        "losses.soft_dice_loss", lambda: _over_batch(losses.soft_dice_loss), targets="probabilities", per_anchor=False
+    ),
+    array("losses.soft_threshold", lambda: lambda p, g: losses.soft_threshold(p, 0.5)),
+    batch_loss(
+        "losses.soft_tversky_loss",
+        lambda: _over_batch(losses.soft_tversky_loss),
+        targets="probabilities",
+        per_anchor=False,
+    ),
     array("losses.softmax_cross_entropy", lambda: _labelled(losses.softmax_cross_entropy)),
     array(
         "losses.softmax_cross_entropy_with_integer_labels",
         lambda: lambda p, g: losses.softmax_cross_entropy_with_integer_labels(p, jnp.argmax(g, -1)),
     ),
+    loss("losses.softmax_focal_loss", lambda: losses.softmax_focal_loss),
+    loss("losses.spo_plus_targeting", lambda: lambda s, t: losses.spo_plus_targeting(s, t - 0.3), targets="binary"),
     array("losses.squared_error", lambda: losses.squared_error),
+    loss("losses.squentropy", lambda: losses.squentropy),
+    array("losses.stale_negatives", lambda: losses.stale_negatives),
+    batch_loss("losses.subclass_contrastive", lambda: _subclasses),
+    batch_loss("losses.supervised_contrastive", lambda: losses.supervised_contrastive),
+    array(
+        "losses.supervised_contrastive_bound",
+        lambda: lambda p, g: losses.supervised_contrastive_bound(jnp.argmax(g, -1), temperature=p[0, 0] ** 2),
+    ),
+    loss("losses.targeting_regret", lambda: lambda s, t: losses.targeting_regret(s, t - 0.3), targets="binary"),
+    loss(
+        "losses.targeting_regret_smooth",
+        lambda: lambda s, t: losses.targeting_regret_smooth(s, t - 0.3),
+        targets="binary",
+    ),
+    loss(
+        "losses.targeting_value",
+        lambda: lambda p, t: losses.targeting_value(p, 10 * t, incentive=1.0, contact=0.1),
+        targets="probabilities",
+    ),
+    array("losses.tau_normalize", lambda: lambda p, g: losses.tau_normalize(g)),
+    array("losses.td_error", lambda: lambda p, g: losses.td_error(g, 0.9, p, jnp.cos(p))),
+    array("losses.to_differences", lambda: lambda p, g: losses.to_differences(p)),
+    array("losses.uniform_edges", lambda: lambda p, g: losses.uniform_edges(-1 - g[0, 0] ** 2, p[0, 0] ** 2, 4)),
+    array("losses.utilization", lambda: losses.utilization),
+    loss("losses.vector_scaling_loss", lambda: _counted(losses.vector_scaling_loss)),
+    host("losses.with_example_state", "marks a function and returns it"),
+    batch_loss("losses.within_class_spread", lambda: _spread),
     # examples
     a_type("examples.BilevelStepState"),
     a_type("examples.FusionRatio"),
+    a_type("examples.Gaussians"),
+    a_type("examples.NegativeState"),
+    host("examples.balanced_clusters", "clusters in NumPy until no point moves"),
     tree("examples.bilevel_step", lambda: _example_step, like_params=True),
+    host("examples.bind_batches", "indices to indices"),
+    host("examples.binding_examples", "labels of a data set to indices"),
+    host("examples.class_gaussians", "estimates on the host, in float64"),
     array("examples.class_means", lambda: lambda p, g: examples.class_means(jax.nn.softmax(g), jnp.arange(8) % 3, 4)),
+    array("examples.cluster_temperatures", lambda: _cluster_temperatures),
+    array("examples.pk_batch", lambda: _pk_batch),
+    array(
+        "examples.refresh_negatives",
+        lambda: _next_negatives,
+        excuses={"zero": "the score of a window just chosen is -inf until it is known"},
+    ),
+    array("examples.sample_features", lambda: _virtual_features),
+    array("examples.subclass_count", lambda: lambda p, g: examples.subclass_count(100 * jnp.abs(g[0]))),
     array("examples.trilateral_features", lambda: _features),
     # reparam
     a_type("reparam.Curve"),

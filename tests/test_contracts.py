@@ -40,7 +40,7 @@ def numbers(shapes, seed):
 
 
 def spec_of(entry):
-    return MATRIX if entry.kind == "array" else SHAPES
+    return MATRIX if entry.kind in ("array", "loss", "batch_loss") else SHAPES
 
 
 def params_and_grads(entry, seed=0):
@@ -127,6 +127,9 @@ def test_every_excuse_is_for_a_contract_and_has_a_reason():
 def test_every_export_is_what_the_table_says(entry):
     room, _, name = entry.name.partition(".")
     export = getattr(contracts.ROOMS[room], name)
+    if entry.kind == "constant":
+        assert isinstance(export, float)
+        return
     assert export.__doc__
     assert isinstance(export, type) == (entry.kind == "type")
     assert callable(export)
@@ -191,7 +194,7 @@ def test_vmap(entry):
 
 @over("dtype")
 def test_dtype(entry):
-    spec = (MATRIX[0], "bfloat16") if entry.kind == "array" else SHAPES
+    spec = (MATRIX[0], "bfloat16") if spec_of(entry) == MATRIX else SHAPES
     shapes = shapes_of(spec)
     outputs, start, carry = traced(entry, shapes)
     if entry.like_params:
@@ -211,6 +214,8 @@ def test_x64(entry):
         outputs, start, carry = traced(entry, shapes)
     if entry.like_params and "dtype" not in entry.excuses:
         assert_like_params(outputs, shapes)
+    if entry.kind in ("loss", "batch_loss"):
+        assert {x.dtype for x in outputs} == {jnp.dtype("float64")}
     assert avals(carry) == avals(start)
 
 
@@ -255,6 +260,119 @@ def test_frameworks(entry):
         assert jax.tree.structure(outputs) == jax.tree.structure(params)
     assert jax.tree.structure(carry) == jax.tree.structure(start)
     assert avals(carry) == avals(start)
+
+
+# Losses.
+
+
+def batches_of_scores(targets):
+    """Scores [case, 8, 5] from harmless to extreme, and targets for them: each case once mixed, once of one class."""
+    rng = np.random.default_rng(0)
+    ties = np.zeros((8, 5))
+    ramp = np.linspace(-1, 1, 40).reshape(8, 5)
+    scores = np.stack([rng.normal(size=(8, 5)), ties, *(scale * ramp for scale in (30.0, -1e3, 1e4)), ties + 1e4])
+    if targets == "probabilities":
+        scores = np.clip(scores, 0, 1)
+    if targets == "labels":
+        kinds = [rng.integers(0, 5, 8), np.full(8, 2)]
+    else:
+        kinds = [rng.integers(0, 2, (8, 5)), np.zeros((8, 5)), np.ones((8, 5))]
+    kinds = np.stack(kinds).astype(np.int32 if targets == "labels" else np.float32)
+    return jnp.asarray(np.repeat(scores, len(kinds), 0), jnp.float32), jnp.asarray(
+        np.tile(kinds, (6,) + (1,) * (kinds.ndim - 1))
+    )
+
+
+@functools.cache
+def over_scores(name):
+    """The gradients and losses of all of `batches_of_scores`, in float32 and with scores in bfloat16."""
+    entry = next(entry for entry in contracts.ENTRIES if entry.name == name)
+    scores, targets = batches_of_scores(entry.targets)
+    half = scores.astype(jnp.bfloat16)
+    fn = jax.jit(jax.vmap(contracts.summed(entry.make())))
+    return fn(scores, targets), fn(half, targets), fn(half.astype(jnp.float32), targets)
+
+
+@over("extremes")
+def test_extremes(entry):
+    for gradients, losses in over_scores(entry.name):
+        assert np.all(np.isfinite(np.asarray(losses))), np.flatnonzero(
+            ~np.isfinite(losses.reshape(len(losses), -1)).all(1)
+        )
+        finite = np.isfinite(np.asarray(gradients, np.float32)).all((1, 2))
+        assert np.all(finite), np.flatnonzero(~finite)
+
+
+@over("rows")
+def test_rows(entry):
+    scores, targets = batches_of_scores(entry.targets)
+    _, losses = over_scores(entry.name)[0]
+    assert losses.shape[:2] == scores.shape[:2]
+    fn = entry.make()
+    alone = jax.jit(jax.vmap(lambda s, t: fn(s[None], t[None])[0]))(scores[0], targets[0])
+    np.testing.assert_allclose(losses[0], alone, rtol=1e-5, atol=1e-6)
+
+
+@over("half")
+def test_half(entry):
+    _, (gradients, losses), (wide_gradients, wide_losses) = over_scores(entry.name)
+    assert losses.dtype == jnp.float32
+    assert gradients.dtype == jnp.bfloat16
+    scores, _ = batches_of_scores(entry.targets)
+    for case, got, expected in zip(scores, losses, wide_losses, strict=True):
+        # Differences of scores are rounded like the scores.
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6 + 2**-22 * np.abs(case).max())
+    np.testing.assert_allclose(gradients.astype(jnp.float32), wide_gradients, rtol=2**-8, atol=1e-30)
+
+
+def batch_of_16(entry):
+    rng = np.random.default_rng(1)
+    scores = jnp.asarray(rng.uniform(0.1, 0.9, (16, 5)), jnp.float32)
+    targets = rng.integers(0, 4, 16) if entry.targets == "labels" else rng.integers(0, 2, (16, 5)).astype(np.float32)
+    return scores, jnp.asarray(targets)
+
+
+def assert_same_losses(got, expected):
+    """Sums in another order, of terms that a temperature has multiplied."""
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@over("shards")
+def test_shards(entry):
+    fn = entry.make()
+    assert getattr(contracts.ROOMS["losses"], entry.name.partition(".")[2]).batch_dependent
+    scores, targets = batch_of_16(entry)
+    expected = jax.jit(contracts.summed(fn))(scores, targets)
+    assert expected[1].shape == ((16,) if entry.per_anchor else expected[1].shape)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, everywhere = PartitionSpec("data"), PartitionSpec()
+    args = jax.device_put((scores, targets), NamedSharding(mesh, split))
+    assert_same_losses(jax.jit(contracts.summed(fn))(*args), expected)
+    mapped = jax.shard_map(
+        functools.partial(fn, axis_name="data"),
+        mesh=mesh,
+        in_specs=(split, split),
+        out_specs=split if entry.per_anchor else everywhere,
+    )
+    assert_same_losses(jax.jit(contracts.summed(mapped))(*args), expected)
+
+
+@over("padding")
+def test_padding(entry):
+    fn = jax.jit(contracts.summed(entry.make()))
+    scores, targets = batch_of_16(entry)
+    where = np.arange(16) % 3 != 1
+    gradient, losses = fn(scores, targets, where=jnp.asarray(where))
+    scale = 1 if entry.targets == "probabilities" else 100
+    for rest in (scores, jnp.where(where[:, None], scores, scale * scores[::-1])):
+        again = fn(rest, targets, where=jnp.asarray(where))
+        assert_same_losses(again, (gradient, losses))
+    np.testing.assert_array_equal(gradient[~where], 0)
+    alone = fn(scores[where], targets[where])
+    assert_same_losses((gradient[where], losses[where] if entry.per_anchor else losses), alone)
+    if entry.per_anchor:
+        np.testing.assert_array_equal(losses[~where], 0)
 
 
 # Extra arguments.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import tasks
+from steelyard import losses
 
 
 class Linear:
@@ -83,3 +84,30 @@ def test_the_next_byte_is_the_target():
 def test_a_mask_ratio_out_of_range_is_refused():
     with pytest.raises(ValueError, match="mask_ratio=1"):
         tasks.classify_and_reconstruct(Linear(), mask_ratio=1.0)
+
+
+def test_a_loss_is_chosen_by_name_with_its_options_and_gets_the_counts():
+    task = tasks.classify(Linear(), loss="softmax_focal_loss", loss_options={"gamma": 1.0})
+    logits, labels = jnp.array([[1.0, 0.0, -1.0]]), jnp.array([1])
+    expected = losses.softmax_focal_loss(logits, labels, gamma=1.0)
+    np.testing.assert_array_equal(task.losses(logits, {"label": labels})["class"], expected)
+    task = tasks.classify(Linear(), loss="logit_adjusted_cross_entropy", counts=(5, 3, 1))
+    expected = losses.logit_adjusted_cross_entropy(logits, labels, counts=jnp.array([5, 3, 1]))
+    np.testing.assert_array_equal(task.losses(logits, {"label": labels})["class"], expected)
+
+
+def test_a_loss_of_the_whole_batch_stays_declared():
+    assert tasks.classify(Linear(), loss="supervised_contrastive").losses.batch_dependent
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "softmax_focal_los"}, "nearest: softmax_focal_loss"),
+        ({"loss": "softmax_focal_loss", "loss_options": {"gama": 1.0}}, "loss_options.gama .*nearest: gamma"),
+        ({"loss": "softmax_focal_loss", "label_smoothing": 0.1}, "label_smoothing=0.1"),
+    ],
+)
+def test_a_loss_that_is_misspelt_is_answered_with_the_right_one(options, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.classify(Linear(), **options)

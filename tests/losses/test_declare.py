@@ -17,5 +17,11 @@ def test_a_declared_loss_is_the_same_function():
     assert not hasattr(contrast, "batch_dependent")
 
 
+def test_the_two_declarations_add_up():
+    both = losses.with_example_state(losses.batch_dependent(lambda outputs, batch, table: ({"x": outputs}, table)))
+    assert both.batch_dependent
+    assert both.with_example_state
+
+
 def test_losses_of_optax_are_here():
     assert losses.squared_error(jnp.array(3.0), jnp.array(1.0)) == 4.0

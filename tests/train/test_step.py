@@ -292,6 +292,37 @@ def test_weights_of_examples_depend_on_their_losses_and_are_remembered():
     close(state.example_state["loss"][BATCH:], table["loss"][BATCH:])
 
 
+@losses.with_example_state
+def remembered_losses(outputs, batch, table):
+    per_example = task_losses(outputs, batch)
+    seen = table.at[batch["index"]].set(per_example["class"])
+    return per_example | {"class": table[batch["index"]] * per_example["class"]}, seen
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_losses_may_keep_a_value_for_each_example(microbatches):
+    batch, params, table = make_batch(), make_params(), jnp.arange(2.0 * BATCH)
+    step = train.make_step(forward, remembered_losses, optax.sgd(0.1), microbatches=microbatches)
+    start = train.init_state(params, optax.sgd(0.1), rng=jax.random.key(0), example_state=table)
+    state, metrics = jax.jit(step)(start, batch)
+    per_example = task_losses(forward(params, batch), batch)["class"]
+    close(state.example_state, table.at[batch["index"]].set(per_example))
+    close(metrics["loss/class"], jnp.mean(table[batch["index"]] * per_example))
+
+    def loss(params):
+        terms = task_losses(forward(params, batch), batch)
+        return jnp.mean(table[batch["index"]] * terms["class"]) + jnp.mean(terms["value"])
+
+    assert_trees(state.params, sgd_step(params, jax.grad(loss)(params)))
+
+
+def test_losses_that_need_a_table_say_so():
+    step = train.make_step(forward, remembered_losses, optax.sgd(0.1))
+    state = train.init_state(make_params(), optax.sgd(0.1), rng=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"example_state="):
+        step(state, make_batch())
+
+
 @pytest.mark.parametrize("microbatches", [2, 4, 8])
 @pytest.mark.parametrize(
     "options",

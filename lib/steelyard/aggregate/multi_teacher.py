@@ -36,8 +36,8 @@ def normalized_loss_balance(num_tasks: int, *, rate: float = 0.025, power: float
         w_k <- max(0, w_k + rate (r_k / sum_j r_j - w_k)),  then  w <- w / sum(w)
 
     and uses the new w. Where `L0_k = 0`, `r_k = 1`; where all of r is zero its shares are equal. Ratios above
-    1e30 count as 1e30. The scale of a loss does not matter. Meant for losses that are never negative, such as `steelyard.losses.forward_kl` to each teacher.
-    The state is 2 K numbers, and one backward pass suffices.
+    1e30 count as 1e30. The scale of a loss does not matter. Meant for losses that are never negative, such as
+    `steelyard.losses.forward_kl` to each teacher. The state is 2 K numbers, and one backward pass suffices.
 
     Args:
       num_tasks: K.

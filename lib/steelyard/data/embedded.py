@@ -19,6 +19,7 @@ from types import ModuleType
 import numpy as np
 from jaxtyping import Float, Int
 
+from steelyard import choices
 from steelyard.data import source as source_lib
 
 SPLITS = ("train", "test")
@@ -34,11 +35,20 @@ _LEFT_OUT = frozenset({"test", "tests", "idlelib", "lib2to3", "encodings", "pydo
 _MACHINE_MADE = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
-def digits(*, split: str = "train") -> source_lib.Arrays:
-    """Handwritten digits: `image` float32 [n, 8, 8, 1] in [0, 1], `label` int32 in [0, 10). 1,797 in all."""
+def digits(*, split: str = "train", label_noise: float = 0.0) -> source_lib.Arrays:
+    """Handwritten digits: `image` float32 [n, 8, 8, 1] in [0, 1], `label` int32 in [0, 10). 1,797 in all.
+
+    Args:
+      split: "train" or "test".
+      label_noise: share of the training labels, chosen once and for all, that are replaced by one of the nine others;
+        in [0, 1]. The test split stays clean.
+    """
+    choices.require_within("label_noise", label_noise, "[0, 1]")
     raw = _sklearn().load_digits()
     columns = {"image": (raw.images[..., None] / 16).astype(np.float32), "label": raw.target.astype(np.int32)}
     chosen = _split_rows(len(raw.target), raw.target, split)
+    if split == "train":
+        columns["label"] = _relabelled(columns["label"], chosen, label_noise)
     info = source_lib.Info(
         input="image",
         feature_shape=(8, 8, 1),
@@ -47,6 +57,7 @@ def digits(*, split: str = "train") -> source_lib.Arrays:
         description="8 x 8 handwritten digits (UCI), pixels divided by 16.",
         version=source_lib.digest(columns["image"], columns["label"]),
         split=split,
+        options=f"label_noise={label_noise}" if label_noise else "",
     )
     return source_lib.Arrays("digits", {name: column[chosen] for name, column in columns.items()}, info)
 
@@ -182,6 +193,14 @@ def _split_rows(length: int, classes: Int[np.ndarray, " n"] | None, split: str) 
         rng = np.random.default_rng((_SPLIT_SEED, int(stratum)))
         is_test[rng.permutation(members)[: round(_TEST_SHARE * len(members))]] = True
     return np.flatnonzero(is_test if _known_split(split) == "test" else ~is_test)
+
+
+def _relabelled(labels: Int[np.ndarray, " n"], rows: Int[np.ndarray, " rows"], share: float) -> Int[np.ndarray, " n"]:
+    """Moves a share of the labels in these rows to another of the ten classes; more of them for a greater share."""
+    rng = np.random.default_rng(_SPLIT_SEED)
+    wrong = rng.permutation(rows)[: round(share * len(rows))]
+    moves = rng.integers(1, 10, len(labels), dtype=labels.dtype)
+    return np.where(np.isin(np.arange(len(labels)), wrong), (labels + moves) % 10, labels)
 
 
 def _known_split(split: str) -> str:

@@ -30,8 +30,8 @@ def load(
       name: an embedded dataset, or "tfds:<name>" for any that TFDS has prepared.
       split: "train" or "test"; for TFDS any of its split expressions.
       data_dir: the folder of prepared TFDS datasets; embedded datasets need none.
-      **options: the options of the dataset's own function: `length` of `python_source`, `standardize` of the tables,
-        `in_memory`, `text` and `length` of `tfds.open_tfds`.
+      **options: the options of the dataset's own function: `label_noise` of `digits`, `length` of `python_source`,
+        `standardize` of the tables, `in_memory`, `text` and `length` of `tfds.open_tfds`.
 
     Returns:
       `Arrays` or `Records`.

@@ -21,9 +21,29 @@ def batch_dependent(loss: Callable[P, R]) -> Callable[P, R]:
     True
     """
 
-    @functools.wraps(loss)
-    def declared(*args: P.args, **kwargs: P.kwargs) -> R:
-        return loss(*args, **kwargs)
+    return _declare(loss, "batch_dependent")
 
-    declared.batch_dependent = True
+
+def with_example_state(losses: Callable[P, R]) -> Callable[P, R]:
+    """Declares that a `losses` function reads and writes the table with a row for each training example.
+
+    `train.make_step` then calls it as `losses(outputs, batch, example_state)`, with the `example_state` of the train
+    state and the rows of the batch at `batch["index"]`, and it returns `(losses, example_state)`. Nothing
+    differentiates through the new table.
+
+    >>> @with_example_state
+    ... def losses(outputs, batch, table):
+    ...     return {"class": outputs * table[batch["index"]]}, table.at[batch["index"]].add(1)
+    >>> losses.with_example_state
+    True
+    """
+    return _declare(losses, "with_example_state")
+
+
+def _declare(function: Callable[P, R], name: str) -> Callable[P, R]:
+    @functools.wraps(function)
+    def declared(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **kwargs)
+
+    setattr(declared, name, True)
     return declared

@@ -64,7 +64,7 @@ class Objective(NamedTuple):
 
     def reduce(self, outputs, batch, example_state) -> tuple[dict[str, Array], PyTree, dict[str, Array]]:
         """Mean loss of each task, new example state, and mean measures, of one (micro)batch."""
-        per_example = dict(self.losses(outputs, batch))
+        per_example, example_state = self._per_example(outputs, batch, example_state)
         if self.weigh is None:
             means = {task: jnp.mean(loss, dtype=_wide(loss.dtype)) for task, loss in per_example.items()}
         else:
@@ -72,6 +72,17 @@ class Objective(NamedTuple):
             means = {task: _weighted_mean(loss, weights[task]) for task, loss in per_example.items()}
         measured = {} if self.measure is None else dict(self.measure(outputs, batch))
         return means, example_state, {k: jnp.mean(jax.lax.stop_gradient(v)) for k, v in measured.items()}
+
+    def _per_example(self, outputs, batch, example_state) -> tuple[dict[str, Array], PyTree]:
+        if not getattr(self.losses, "with_example_state", False):
+            return dict(self.losses(outputs, batch)), example_state
+        if example_state is None:
+            raise ValueError(
+                "losses reads the example state (losses.with_example_state), which is None: give init_state a table "
+                "with a row for each training example, example_state="
+            )
+        per_example, example_state = self.losses(outputs, batch, example_state)
+        return dict(per_example), jax.lax.stop_gradient(example_state)
 
     def _weights(self, per_example, batch, example_state):
         stopped = jax.lax.stop_gradient(per_example)
@@ -95,7 +106,7 @@ class Objective(NamedTuple):
         def trace(stored, context):
             batch, rng = _first(context) if self.microbatches > 1 else (context.batch, context.rng)
             outputs, _ = self.run(self.params(stored, context), batch, context.model_state, rng)
-            names.extend(self.losses(outputs, batch))
+            names.extend(self._per_example(outputs, batch, context.example_state)[0])
             names.extend(name for name in self.penalty(stored, context) if name not in names)
 
         jax.eval_shape(trace, stored, context)

@@ -55,7 +55,9 @@ def make_step(
         model_state) -> (outputs, model_state)`. Sums over the examples (counts of tokens, of expert loads) may stand
         under the key `aux` of the outputs: they are summed over microbatches and handed to `after`.
       losses: `(outputs, batch) -> {task: per-example loss}`, without reduction. A loss that is not a mean over
-        examples is declared by `losses.batch_dependent`; its batch is then never split.
+        examples is declared by `losses.batch_dependent`; its batch is then never split. One that keeps a value for
+        each training example is declared by `losses.with_example_state`: `(outputs, batch, example_state) -> (losses,
+        example_state)`, before `weigh`.
       tx: an optax transform on the stored parameters. It gets the extra arguments `value` (sum of the losses),
         `losses` (the vector), `step`, `rng` and, if the reparameterization has them, `masks`.
       aggregator: combines the gradients of the tasks; without one the losses are summed.

@@ -1,0 +1,86 @@
+"""What the losses refuse: shapes that do not match, labels that name no class, classes without examples.
+
+Values can only be looked at outside of jit; a traced array is let through.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from steelyard import choices, precision
+
+
+def labelled(
+    logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"], *, name: str = "logits"
+) -> tuple[Float[Array, "*batch classes"], Int[Array, "*batch"]]:
+    """The logits in float32 at least, and the labels as an array, if there is one label for each row of logits.
+
+    Args:
+      logits: one row for each example.
+      labels: classes, in [0, classes).
+      name: what the caller calls the logits.
+
+    Raises:
+      ValueError: shapes that do not match, labels that are not integers, or a label out of range that is not traced.
+    """
+    logits, labels = precision.wide(logits), jnp.asarray(labels)
+    if not logits.ndim or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {labels.shape} and {name} {logits.shape}: "
+            "labels must have the shape of all but the last axis, which are the classes"
+        )
+    check_labels(labels, logits.shape[-1])
+    return logits, labels
+
+
+def check_labels(labels: Int[Array, "..."], classes: int) -> None:
+    """Refuses labels that are not integers, and those outside [0, classes) that are not traced."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels are {labels.dtype}; they must be integers, the indices of the classes")
+    if isinstance(labels, jax.core.Tracer) or not labels.size:
+        return
+    values = np.asarray(labels)
+    wrong = values[(values < 0) | (values >= classes)]
+    if wrong.size:
+        raise ValueError(f"labels={wrong[0]} must lie in [0, {classes}), as there are {classes} classes")
+
+
+def alike(
+    name_a: str, a: Float[Array, "..."], name_b: str, b: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Both in float32 at least, if their shapes are equal.
+
+    Raises:
+      ValueError: they are not.
+    """
+    a, b = precision.wide(a), precision.wide(b)
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a} has shape {a.shape} and {name_b} {b.shape}: they must be the same")
+    return a, b
+
+
+def class_vector(name: str, value: Float[Array, "..."], classes: int) -> Float[Array, "..."]:
+    """A number, or one for each class, in float32 at least.
+
+    Raises:
+      ValueError: another shape.
+    """
+    value = precision.wide(value)
+    if value.shape not in ((), (classes,)):
+        raise ValueError(f"{name} has shape {value.shape}: it must be a number or have shape ({classes},)")
+    return value
+
+
+def class_sizes(counts: Float[Array, "classes"], classes: int | None = None) -> Float[Array, "classes"]:
+    """How many examples each class has, in float32 at least.
+
+    Raises:
+      ValueError: not one number for each class; a count that is not positive and not traced.
+    """
+    counts = precision.wide(counts)
+    if counts.ndim != 1 or classes not in (None, len(counts)):
+        expected = "(classes,)" if classes is None else f"({classes},)"
+        raise ValueError(f"counts has shape {counts.shape}: it must be {expected}, one number for each class")
+    choices.require_within("counts", counts, "(0, inf)")
+    return counts
