@@ -236,7 +236,10 @@ def test_utilization_follows_the_definition_and_falls_with_more_examples():
     [
         (lambda: losses.batch_hard_triplet(embeddings(), LABELS, margin="sof"), "margin='sof'.*did you mean 'soft'"),
         (lambda: losses.batch_hard_triplet(embeddings(), LABELS, margin=-1.0), r"margin=-1.0 must lie in \[0, inf\)"),
-        (lambda: losses.batch_hard_triplet(embeddings(), LABELS[:3]), r"\(8, 5\) and labels \(3,\)"),
+        (
+            lambda: losses.batch_hard_triplet(embeddings(), LABELS[:3]),
+            r"labels has shape \(3,\) and embeddings \(8, 5\)",
+        ),
         (lambda: losses.batch_hard_triplet(embeddings(), LABELS / 2), "labels are float"),
         (lambda: losses.batch_hard_triplet(embeddings(), LABELS, where=np.ones(3, bool)), r"where has shape \(3,\)"),
         (lambda: losses.contrastive_pair_loss(np.ones((2, 3)), np.ones((2, 4))), r"\(2, 3\) and targets \(2, 4\)"),
@@ -264,7 +267,10 @@ def test_utilization_follows_the_definition_and_falls_with_more_examples():
             lambda: losses.metric_mixup(jax.random.key(0), embeddings(), LABELS, concentration=0.0),
             r"concentration=0.0 must lie in \(0, inf\)",
         ),
-        (lambda: losses.metric_mixup(jax.random.key(0), embeddings(), LABELS[:3]), r"\(8, 5\) and labels \(3,\)"),
+        (
+            lambda: losses.metric_mixup(jax.random.key(0), embeddings(), LABELS[:3]),
+            r"labels has shape \(3,\) and embeddings \(8, 5\)",
+        ),
         (lambda: losses.utilization(np.ones((2, 3)), np.ones((2, 4))), r"\(2, 3\) and examples \(2, 4\)"),
     ],
 )

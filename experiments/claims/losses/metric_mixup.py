@@ -5,8 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from experiments.claims import harness
-from experiments.claims.losses import retrieval
+from experiments.claims import harness, retrieval
 from steelyard import losses
 
 GRID = {"rate": (3e-4, 1e-3, 3e-3)}

@@ -36,14 +36,43 @@ def labelled(
 
 def check_labels(labels: Int[Array, "..."], classes: int) -> None:
     """Refuses labels that are not integers, and those outside [0, classes) that are not traced."""
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels are {labels.dtype}; they must be integers, the indices of the classes")
+    require_integers("labels", labels)
     if isinstance(labels, jax.core.Tracer) or not labels.size:
         return
     values = np.asarray(labels)
     wrong = values[(values < 0) | (values >= classes)]
     if wrong.size:
         raise ValueError(f"labels={wrong[0]} must lie in [0, {classes}), as there are {classes} classes")
+
+
+def rows(vectors: Float[Array, "n d"], *, name: str = "embeddings", **ids: Int[Array, "n"]) -> Float[Array, "n d"]:
+    """The vectors in float32 at least, if they are a matrix with a whole number for each row in each of the `ids`.
+
+    Args:
+      vectors: one for each row.
+      name: what the caller calls them.
+      **ids: integers, by their names.
+
+    Raises:
+      ValueError: other shapes, or ids that are not integers.
+    """
+    vectors = precision.wide(vectors)
+    if vectors.ndim != 2:
+        raise ValueError(f"{name} has shape {vectors.shape}: it must be [rows, features]")
+    for id_name, values in ids.items():
+        if jnp.shape(values) != vectors.shape[:1]:
+            raise ValueError(
+                f"{id_name} has shape {jnp.shape(values)} and {name} {vectors.shape}: "
+                f"{id_name} must be {vectors.shape[:1]}, one number for each row"
+            )
+        require_integers(id_name, values)
+    return vectors
+
+
+def require_integers(name: str, values: Int[Array, "..."]) -> None:
+    """Refuses what are no integers."""
+    if not jnp.issubdtype(jnp.result_type(values), jnp.integer):
+        raise ValueError(f"{name} are {jnp.result_type(values)}; they must be integers")
 
 
 def alike(

@@ -22,7 +22,7 @@ def squentropy(logits: Logits, labels: Labels) -> PerExample:
     The logits matter themselves and not only their differences: do not centre them. Where classes are rare the square
     holds their logits at zero, in all the examples of the others: on long-tailed data cross-entropy is better.
 
-    Costs what cross-entropy costs.
+    Costs a sum over the logits more than cross-entropy.
 
     Args:
       logits: z, finite; the C >= 2 classes are the last axis.
@@ -55,7 +55,7 @@ def rescaled_square_loss(
 
     With many classes the sum of the others drowns the label's term; its weight and a far target bring it back.
 
-    Costs less than cross-entropy.
+    Costs no more than cross-entropy, and no exponentials.
 
     Args:
       logits: z, the C classes are the last axis.

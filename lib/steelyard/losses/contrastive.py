@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from steelyard import choices, precision
-from steelyard.losses import margins, pairs
+from steelyard.losses import checks, margins, pairs
 from steelyard.losses.declare import batch_dependent
 
 
@@ -70,7 +70,7 @@ def supervised_contrastive(
     Source: Supervised Contrastive Learning (2020, Khosla et al.), equation 2.
     """
     choices.require_within("temperature", temperature, "(0, inf)")
-    _check(embeddings, labels=labels)
+    embeddings = checks.rows(embeddings, labels=labels)
 
     def of_rows(products, others, same):
         return _contrast(products / temperature, others & same["labels"], others)
@@ -99,7 +99,9 @@ def supervised_contrastive_bound(labels: Int[Array, "batch"], *, temperature: fl
     (2023, Kini et al.).
     """
     choices.require_within("temperature", temperature, "(0, inf)")
-    _check_ids("labels", labels, (jnp.size(labels),))
+    checks.require_integers("labels", labels)
+    if jnp.ndim(labels) != 1:
+        raise ValueError(f"labels has shape {jnp.shape(labels)}: it must be a vector, one number for each row")
     labels = jnp.asarray(labels)
     size = jnp.sum(labels[:, None] == labels, axis=1).astype(jnp.float32)
     repeated = size > 1
@@ -153,7 +155,8 @@ def subclass_contrastive(
     """
     choices.require_within("temperature", temperature, "(0, inf)")
     choices.require_within("class_weight", class_weight, "[0, inf)")
-    _check(embeddings, labels=labels, subclasses=subclasses, instances=instances)
+    ids = {"labels": labels, "subclasses": subclasses, "instances": instances}
+    embeddings = checks.rows(embeddings, **ids)
     coarse_temperature = _per_row(temperature if class_temperature is None else class_temperature, len(embeddings))
 
     def of_rows(products, others, same, coarse_temperature):
@@ -164,7 +167,6 @@ def subclass_contrastive(
         coarse = _contrast(products / coarse_temperature[:, None], positives, views | elsewhere)
         return fine + class_weight * coarse
 
-    ids = {"labels": labels, "subclasses": subclasses, "instances": instances}
     return _by_rows(of_rows, embeddings, ids, where, axis_name, coarse_temperature)
 
 
@@ -176,7 +178,7 @@ def _by_rows(of_rows, embeddings, ids, where, axis_name, *more) -> Float[Array, 
     """
     valid = pairs.valid_rows(where, len(embeddings))
     # What is in the rows that do not count must not reach the gradient of the others, not even as 0 times NaN.
-    x = jnp.where(valid[:, None], precision.wide(embeddings), 0)
+    x = jnp.where(valid[:, None], embeddings, 0)
     own = x, valid, pairs.row_numbers(len(x), axis_name), jax.tree.map(jnp.asarray, ids)
     all_x, all_valid, all_numbers, all_ids = jax.tree.map(lambda a: pairs.gather_rows(a, axis_name), own)
 
@@ -202,19 +204,3 @@ def _per_row(temperature: float | Float[Array, "n"], n: int) -> Float[Array, "n"
     if temperature.shape not in ((), (n,)):
         raise ValueError(f"class_temperature has shape {temperature.shape}: it must be a number or have shape ({n},)")
     return jnp.broadcast_to(temperature, (n,))
-
-
-def _check(embeddings: Float[Array, "n d"], **ids: Int[Array, "n"]) -> None:
-    shape = jnp.shape(embeddings)
-    if len(shape) != 2:
-        raise ValueError(f"embeddings has shape {shape}: it must be [rows, features]")
-    for name, values in ids.items():
-        _check_ids(name, values, shape[:1])
-
-
-def _check_ids(name: str, values: Int[Array, "n"], shape: tuple[int, ...]) -> None:
-    values = jnp.asarray(values)
-    if values.shape != shape:
-        raise ValueError(f"{name} has shape {values.shape}: it must be {shape}, one number for each row")
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise ValueError(f"{name} are {values.dtype}; they must be integers")

@@ -235,11 +235,7 @@ def _members(
 ) -> tuple[Features, Float[Array, "batch classes"]]:
     """The features, and 1 where an example is of a class; rows that do not count, or have no class, are all zero."""
     classes = choices.require_count("num_classes", num_classes, "[1, inf)")
-    features, labels = precision.wide(features), jnp.asarray(labels)
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"features has shape {features.shape} and labels {labels.shape}: they must be [batch, features] and [batch]"
-        )
+    features, labels = checks.rows(features, name="features", labels=labels), jnp.asarray(labels)
     checks.check_labels(labels, classes)
     is_member = margins.label_mask(labels, classes) & pairs.valid_rows(where, len(labels))[:, None]
     return jnp.where(jnp.any(is_member, axis=-1)[:, None], features, 0), is_member.astype(features.dtype)

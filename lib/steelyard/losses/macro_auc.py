@@ -20,9 +20,6 @@ Mask = Bool[Array, "batch labels"]
 PerLabel = Float[Array, "labels"]
 Rows = Bool[Array, "batch"] | None
 
-# Entries [rows, batch, labels] of the array of pairs, 512 MiB in float32.
-_MOST_PAIRS = 2**27
-
 
 @batch_dependent
 def macro_auc_pairwise(
@@ -32,9 +29,8 @@ def macro_auc_pairwise(
 
         mean_{i positive, j negative} phi(s_i - s_j),   phi(d) = log(1 + exp(-d))   or   max(0, 1 - d)
 
-    Costs batch^2 x labels evaluations of phi, and as many again for the gradient. Memory: an array of one number for
-    each of them, with the gradient too, but never of more than 2^27: of a larger batch only so many rows are paired
-    with all others at a time.
+    Costs batch^2 x labels evaluations of phi, and twice as many again for the gradient; the array of all of them is
+    never held at once (`pairs.by_rows`).
 
     Args:
       scores: s, one column for each label; a constant added to a column changes nothing.
@@ -124,18 +120,12 @@ def _pair_sums(
 ) -> PerLabel:
     """Sum of `phi(s_i - s_j)` over the positives i of `scores` and the negatives j of `others`, label by label."""
 
-    # Not kept for the backward pass, which would be one array of pairs for each step of phi.
-    @jax.checkpoint
-    def of_row(row):
-        score, counts = row
-        return jnp.where(counts, jnp.sum(jnp.where(negative, phi(score - others), 0), axis=0), 0)
+    def of_rows(rows):
+        own, counts = rows
+        losses = jnp.where(negative, phi(own[:, None] - others), 0)
+        return jnp.where(counts, jnp.sum(losses, axis=1), 0)
 
-    at_once = max(1, _MOST_PAIRS // max(1, others.size))
-    if len(scores) <= at_once:
-        return jnp.sum(jax.vmap(of_row)((scores, positive)), axis=0)
-    # Rows that are not positive count for nothing; a remainder would have an array of pairs of its own.
-    rows = jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % at_once), (0, 0))), (scores, positive))
-    return jnp.sum(jax.lax.map(of_row, rows, batch_size=at_once), axis=0)
+    return jnp.sum(pairs.by_rows(of_rows, (scores, positive), others.size), axis=0)
 
 
 def _count(mask: Mask, axis_name: str | None) -> PerLabel:

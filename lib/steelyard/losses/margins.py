@@ -41,15 +41,16 @@ def adjust_logits(
     logits = precision.wide(logits)
     classes = logits.shape[-1]
     if scale is not None:
-        logits = logits * checks.class_vector("scale", scale, classes)
+        logits = logits * checks.class_vector("scale", scale, classes).astype(logits.dtype)
     if offset is not None:
-        logits = logits + checks.class_vector("offset", offset, classes)
+        logits = logits + checks.class_vector("offset", offset, classes).astype(logits.dtype)
     if margin is None:
         return logits
     if labels is None:
         raise ValueError("margin needs labels: it is taken from the logit of the label's class; labels is None")
     logits, labels = checks.labelled(logits, labels)
-    return logits - jnp.where(label_mask(labels, classes), checks.class_vector("margin", margin, classes), 0)
+    margin = checks.class_vector("margin", margin, classes).astype(logits.dtype)
+    return logits - jnp.where(label_mask(labels, classes), margin, 0)
 
 
 def normalize(x: Float[Array, "..."], axis: int = -1, eps: float = 1e-12) -> Float[Array, "..."]:
@@ -81,14 +82,13 @@ def log_one_minus_p(logits: Float[Array, "*batch classes"], labels: Int[Array, "
       labels: y.
 
     Returns:
-      At most 0; -inf if there is one class only.
+      At most 0; about -3e38 if there is one class only.
 
     Raises:
       ValueError: shapes that do not match, a label out of range (unless traced).
     """
     logits, labels = checks.labelled(logits, labels)
-    others = jnp.where(label_mask(labels, logits.shape[-1]), -jnp.inf, logits)
-    return jax.nn.logsumexp(others, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    return -jax.nn.softplus(log_odds(logits, labels))
 
 
 def label_mask(labels: Int[Array, "*batch"], classes: int) -> Bool[Array, "*batch classes"]:

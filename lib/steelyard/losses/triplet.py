@@ -8,13 +8,14 @@ columns may be the batch, or what `metric_mixup` makes of it:
     multi_similarity_loss(similarity, mixed.targets, where=mixed.valid)
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from steelyard import choices, precision
+from steelyard import choices
 from steelyard.losses import checks, declare, margins, pairs
 
 Embeddings = Float[Array, "batch features"]
@@ -39,8 +40,8 @@ def batch_hard_triplet(
 
     Batches of a few classes with a few examples each (`examples.pk_batch`) give every anchor both. Microbatches hold
     fewer candidates and give another loss; so does a `shard_map` without `axis_name`, where each shard is mined alone:
-    what is hardest then changes with the number of devices. Costs a matrix [batch, batch] of distances forwards and
-    none backwards: the gradient passes through the two distances that were chosen.
+    what is hardest then changes with the number of devices. Costs batch x batch distances forwards, never held all at
+    once, and none backwards: the gradient passes through the two distances that were chosen.
 
     Args:
       embeddings: x, not normalised in the paper.
@@ -62,18 +63,26 @@ def batch_hard_triplet(
         choices.require("margin", margin, ("soft",))
     else:
         choices.require_within("margin", margin, "[0, inf)")
-    embeddings, labels = _with_labels(embeddings, labels)
+    embeddings, labels = checks.rows(embeddings, labels=labels), jnp.asarray(labels)
     valid = pairs.valid_rows(where, len(labels))
     embeddings = jnp.where(valid[:, None], embeddings, 0)
-    rows, row_labels, row_valid = (pairs.gather_rows(x, axis_name) for x in (embeddings, labels, valid))
-    both = valid[:, None] & row_valid
-    positive, negative = (both & mask for mask in _candidates(labels, row_labels, axis_name))
-    distances = jax.lax.stop_gradient(pairs.pairwise_distances(embeddings, rows, squared=True))
-    farthest = jnp.argmax(jnp.where(positive, distances, -jnp.inf), axis=1)
-    nearest = jnp.argmin(jnp.where(negative, distances, jnp.inf), axis=1)
-    far, near = (_distances(embeddings, rows[chosen], squared) for chosen in (farthest, nearest))
+    numbers = pairs.row_numbers(len(labels), axis_name)
+    own = embeddings, labels, valid, numbers
+    columns = [pairs.gather_rows(x, axis_name) for x in own]
+
+    def hardest(rows):
+        """The farthest positive and the nearest negative of some anchors, and whether there are both."""
+        (x, y, counts, i), (all_x, all_y, all_count, all_i) = rows, columns
+        positive, negative = (counts[:, None] & all_count & mask for mask in _candidates(y, i, all_y, all_i))
+        distances = pairs.pairwise_distances(x, all_x, squared=True)
+        far = jnp.argmax(jnp.where(positive, distances, -jnp.inf), axis=1)
+        near = jnp.argmin(jnp.where(negative, distances, jnp.inf), axis=1)
+        return far, near, jnp.any(positive, axis=1) & jnp.any(negative, axis=1)
+
+    farthest, nearest, found = pairs.by_rows(hardest, jax.lax.stop_gradient(own), len(columns[0]))
+    far, near = (_distances(embeddings, columns[0][chosen], squared) for chosen in (farthest, nearest))
     gap = jax.nn.softplus(far - near) if isinstance(margin, str) else jnp.maximum(far - near + margin, 0)
-    return jnp.where(jnp.any(positive, axis=1) & jnp.any(negative, axis=1), gap, 0)
+    return jnp.where(found, gap, 0)
 
 
 def contrastive_pair_loss(
@@ -97,9 +106,13 @@ def contrastive_pair_loss(
 
     Source: It Takes Two to Tango: Mixup for Deep Metric Learning (2021, Venkataramanan et al.).
     """
-    s, y, where = _table(similarity, targets, where)
-    terms = -y * s + (1 - y) * jnp.maximum(s - margin, 0)
-    return jnp.sum(jnp.where(where, terms, 0), axis=-1)
+
+    def of_rows(rows):
+        s, y, where = rows
+        terms = -y * s + (1 - y) * jnp.maximum(s - margin, 0)
+        return jnp.sum(jnp.where(where, terms, 0), axis=-1)
+
+    return _over_table(of_rows, similarity, targets, where)
 
 
 def multi_similarity_loss(
@@ -128,10 +141,14 @@ def multi_similarity_loss(
     """
     choices.require_within("positive_scale", positive_scale, "(0, inf)")
     choices.require_within("negative_scale", negative_scale, "(0, inf)")
-    s, y, where = _table(similarity, targets, where)
-    pull = _log_one_plus_sum(-positive_scale * (s - margin), jnp.where(where, y, 0))
-    push = _log_one_plus_sum(negative_scale * (s - margin), jnp.where(where, 1 - y, 0))
-    return pull / positive_scale + push / negative_scale
+
+    def of_rows(rows):
+        s, y, where = rows
+        pull = _log_one_plus_sum(-positive_scale * (s - margin), jnp.where(where, y, 0))
+        push = _log_one_plus_sum(negative_scale * (s - margin), jnp.where(where, 1 - y, 0))
+        return pull / positive_scale + push / negative_scale
+
+    return _over_table(of_rows, similarity, targets, where)
 
 
 class Mixed(NamedTuple):
@@ -178,12 +195,15 @@ def metric_mixup(
     """
     pairs = choices.require_count("pairs", pairs, "[1, inf)")
     choices.require_within("concentration", concentration, "(0, inf)")
-    embeddings, labels = _with_labels(embeddings, labels)
-    positive, negative = _candidates(labels, labels, None)
+    embeddings, labels = checks.rows(embeddings, labels=labels), jnp.asarray(labels)
+    anchors = jnp.arange(len(labels))
+    positive, negative = _candidates(labels, anchors, labels, anchors)
     keys = jax.random.split(key, 4)
     with_anchor = jax.random.bernoulli(keys[0])
-    anchors = jnp.arange(len(labels))[:, None]
-    pull, push = jnp.where(with_anchor, anchors, _draw(keys[1], positive, pairs)), _draw(keys[2], negative, pairs)
+    pull, push = (
+        jnp.where(with_anchor, anchors[:, None], _draw(keys[1], positive, pairs)),
+        _draw(keys[2], negative, pairs),
+    )
     lam = jax.random.beta(keys[3], concentration, concentration, dtype=embeddings.dtype)
     mixture = lam * embeddings[pull] + (1 - lam) * embeddings[push]
     valid = jnp.any(positive, axis=1) & jnp.any(negative, axis=1)
@@ -209,22 +229,12 @@ def utilization(queries: Float[Array, "n features"], examples: Float[Array, "m f
     return jnp.mean(jnp.min(pairs.pairwise_distances(queries, examples, squared=True), axis=1))
 
 
-def _with_labels(embeddings: Embeddings, labels: Labels) -> tuple[Embeddings, Labels]:
-    embeddings, labels = precision.wide(embeddings), jnp.asarray(labels)
-    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
-        shapes = f"embeddings has shape {embeddings.shape} and labels {labels.shape}"
-        raise ValueError(f"{shapes}: they must be [batch, features] and [batch]")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels are {labels.dtype}; they must be integers")
-    return embeddings, labels
-
-
 def _candidates(
-    labels: Labels, row_labels: Int[Array, "all"], axis_name: str | None
+    labels: Labels, numbers: Labels, row_labels: Int[Array, "all"], row_numbers: Int[Array, "all"]
 ) -> tuple[Bool[Array, "batch all"], Bool[Array, "batch all"]]:
     """The positives of each anchor, itself excluded, and its negatives."""
     same = labels[:, None] == row_labels
-    return same & pairs.not_self(len(labels), len(row_labels), axis_name), ~same
+    return same & (numbers[:, None] != row_numbers), ~same
 
 
 def _distances(a: Embeddings, b: Embeddings, squared: bool) -> Float[Array, "batch"]:
@@ -232,15 +242,16 @@ def _distances(a: Embeddings, b: Embeddings, squared: bool) -> Float[Array, "bat
     return squares if squared else jnp.sqrt(squares + 1e-12)
 
 
-def _table(
-    similarity: Table, targets: Table, where: Array | None
-) -> tuple[Table, Table, Bool[Array, "batch partners"]]:
+def _over_table(
+    of_rows: Callable, similarity: Table, targets: Table, where: Bool[Array, "batch partners"] | None
+) -> Float[Array, "batch"]:
+    """`of_rows` on the similarities, targets and truth values of some anchors at a time."""
     similarity, targets = checks.alike("similarity", similarity, "targets", targets)
     choices.require_within("targets", targets, "[0, 1]")
     where = jnp.ones(similarity.shape, bool) if where is None else jnp.asarray(where)
     if where.shape != similarity.shape:
         raise ValueError(f"where has shape {where.shape} and similarity {similarity.shape}: they must be the same")
-    return similarity, targets, where
+    return pairs.by_rows(of_rows, (similarity, targets, where), similarity.shape[-1])
 
 
 def _log_one_plus_sum(x: Table, weights: Table) -> Float[Array, "batch"]:
