@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from experiments.bench import page, timing
-from launch import aot
+from launch import aot, hlo
 from steelyard import losses
 
 BATCH, CLASSES, FEATURES, HEADS = 4096, 1000, 64, 2
@@ -24,11 +24,13 @@ class Case(NamedTuple):
       inputs: what it is differentiated by, and its shape: "logits" [batch, classes], "embeddings" [batch, features],
         "heads" [heads, batch, features], "scores" [batch], "similarities" [batch, batch].
       matrices: for a loss of pairs, how many [batch, batch] matrices it is allowed.
+      given: how many the case itself makes, as inputs of the loss; they are not counted.
     """
 
     loss: Callable[[Array, Array], Array]
     inputs: str = "logits"
     matrices: int = 0
+    given: int = 0
 
 
 def per_example() -> dict[str, Case]:
@@ -90,7 +92,6 @@ def of_pairs() -> dict[str, Case]:
         return lambda x, y: loss(x, jnp.roll(x, 1, 0), **options)
 
     def several_heads(x, y):
-        # Temperatures that need no matrix of their own.
         return losses.multi_head_contrastive(x, jnp.roll(x, 1, 1), jnp.full((HEADS, BATCH, BATCH), 0.1))
 
     scale = {"log_scale": losses.INITIAL_LOG_SCALE, "bias": losses.INITIAL_BIAS}
@@ -100,10 +101,10 @@ def of_pairs() -> dict[str, Case]:
         "subclass_contrastive": Case(lambda x, y: losses.subclass_contrastive(x, y, y, ids), "embeddings", 1),
         "info_nce": Case(two_views(losses.info_nce), "embeddings", 1),
         "sigmoid_contrastive": Case(two_views(losses.sigmoid_contrastive, **scale), "embeddings", 1),
-        "multi_head_contrastive": Case(several_heads, "heads", HEADS),
+        "multi_head_contrastive": Case(several_heads, "heads", HEADS, HEADS),
         "batch_hard_triplet": Case(losses.batch_hard_triplet, "embeddings", 1),
-        "contrastive_pair_loss": Case(lambda s, y: losses.contrastive_pair_loss(*same(s, y)), "similarities", 1),
-        "multi_similarity_loss": Case(lambda s, y: losses.multi_similarity_loss(*same(s, y)), "similarities", 1),
+        "contrastive_pair_loss": Case(lambda s, y: losses.contrastive_pair_loss(*same(s, y)), "similarities", 1, 1),
+        "multi_similarity_loss": Case(lambda s, y: losses.multi_similarity_loss(*same(s, y)), "similarities", 1, 1),
         "cosent": Case(lambda s, y: losses.cosent(s, y / CLASSES), "scores", 1),
         "macro_auc_pairwise, 1 label": Case(
             lambda s, y: losses.macro_auc_pairwise(s[:, None], same(s, y)[1][:, :1]), "scores", 1
@@ -116,8 +117,10 @@ def bench() -> None:
     lines = _EXPLANATION.format(batch=BATCH, classes=CLASSES, features=FEATURES).strip().splitlines()
     for title, chosen in (("per example", per_example()), ("several labels", per_entry())):
         timings = timing.ratios({name: _runner(case) for name, case in chosen.items()}, rounds=9)
-        rows = [[f"`{name}`", f"{timings[name].ratio:.2f}"] for name in chosen]
-        _report(["loss, " + title, "value and gradient"], rows, lines)
+        moved = {name: _tpu_bytes(case) for name, case in chosen.items()}
+        first = next(iter(moved.values()))
+        rows = [[f"`{name}`", f"{timings[name].ratio:.2f}", _ratio(moved[name], first)] for name in chosen]
+        _report(["loss, " + title, "time here", "bytes on v5e"], rows, lines)
         over = [name for name in chosen if timings[name].ratio > LIMIT]
         print(f"  above {LIMIT:g}x: {', '.join(over) or 'none'}", flush=True)
     cross_entropy = next(iter(per_example().items()))
@@ -128,14 +131,15 @@ def bench() -> None:
         for name, case in chosen.items()
         if case.matrices
     ]
-    header = ["loss of pairs", "value and gradient", "matrices here", "matrices on v5e", "one for each head"]
+    header = ["loss of pairs", "time here", "matrices here", "matrices on v5e", "one for each head"]
     _report(header, rows, lines)
     page.write("losses", lines)
 
 
 _EXPLANATION = """
-Time of a value and a gradient as a ratio, median of rounds in which all take turns: to optax's softmax cross-entropy at
-{batch} x {classes} float32 logits, and for losses of several labels to its binary cross-entropy at as many entries.
+Value and gradient, as ratios to optax's softmax cross-entropy with integer labels at {batch} x {classes} float32
+logits, and for losses of several labels to its binary cross-entropy at as many entries. Time here: median of rounds in
+which all take turns on the CPU. Bytes on v5e: read and written by the fusions, as compiled for a TPU v5e.
 Losses of pairs compare {batch} embeddings of {features} features, against the same cross-entropy. Their memory is the
 compiled gradient's temporaries in {batch} x {batch} float32 matrices, on this machine and as compiled for a TPU v5e.
 """
@@ -159,9 +163,8 @@ def _shape(case: Case) -> tuple[int, ...]:
 
 def _step(case: Case) -> Callable[[Array, Array], tuple[Array, Array]]:
     def total(inputs, labels):
-        # Embeddings and cosines are bounded, logits are not.
-        bounded = inputs if case.inputs == "logits" else losses.normalize(inputs, axis=-1)
-        return jnp.mean(case.loss(bounded, labels))
+        vectors = case.inputs in ("embeddings", "heads")
+        return jnp.mean(case.loss(losses.normalize(inputs) if vectors else inputs, labels))
 
     return jax.value_and_grad(total)
 
@@ -183,10 +186,26 @@ def _runner(case: Case) -> timing.Steps:
     return steps
 
 
+def _arguments(case: Case) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return jax.ShapeDtypeStruct(_shape(case), jnp.float32), jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+
+
+def _tpu_bytes(case: Case) -> int | None:
+    """Bytes that the fusions of value and gradient move on a TPU; None if there are loops."""
+    compiled = aot.compile_for(aot.topology_device(), _step(case), *_arguments(case))
+    try:
+        return hlo.fusion_bytes(compiled.as_text())
+    except ValueError:
+        return None
+
+
+def _ratio(moved: int | None, first: int | None) -> str:
+    return f"{moved / first:.2f}" if moved and first else ""
+
+
 def _matrices(case: Case) -> tuple[str, str]:
     """Temporaries in batch x batch matrices, compiled for this machine and for a TPU."""
-    args = (jax.ShapeDtypeStruct(_shape(case), jnp.float32), jax.ShapeDtypeStruct((BATCH,), jnp.int32))
-    here = jax.jit(_step(case)).lower(*args).compile()
-    there = aot.compile_for(aot.topology_device(), _step(case), *args)
-    one = 4 * BATCH**2
-    return tuple(f"{c.memory_analysis().temp_size_in_bytes / one:.2f}" for c in (here, there))
+    here = jax.jit(_step(case)).lower(*_arguments(case)).compile()
+    there = aot.compile_for(aot.topology_device(), _step(case), *_arguments(case))
+    used = (c.memory_analysis().temp_size_in_bytes / (4 * BATCH**2) for c in (here, there))
+    return tuple(f"{max(matrices - case.given, 0):.2f}" for matrices in used)

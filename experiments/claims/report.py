@@ -105,7 +105,7 @@ def append(room: str, rows: Sequence[Row], page: pathlib.Path) -> None:
         "",
         "| claim | method | baseline | effect | seeds | s | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        *(_page_line(row, outcome) for row in rows for outcome in row.outcomes),
+        *(_page_line(room, row, outcome) for row in rows for outcome in row.outcomes),
         "",
         *_reasons(rows),
         f"![Effects and 95 % intervals of the claims of {room}]({picture.name})",
@@ -119,10 +119,12 @@ def _tally(rows: Sequence[Row]) -> str:
     return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in harness.VERDICTS)
 
 
-def _page_line(row: Row, outcome: harness.Outcome) -> str:
+def _page_line(room: str, row: Row, outcome: harness.Outcome) -> str:
+    """A line of the table; guides link to the first of a claim, by `#<room>-<claim>`."""
     margin = f"; margin {outcome.margin:g}" if outcome.margin else ""
+    anchor = f'<a id="{room}-{row.name}"></a>' if outcome is row.outcomes[0] else ""
     cells = [
-        f"`{row.name}`{_part(outcome)}: {row.statement}",
+        f"{anchor}`{row.name}`{_part(outcome)}: {row.statement}",
         outcome.method,
         outcome.baseline,
         f"{effect(outcome)} {outcome.unit}{margin}",

@@ -227,8 +227,11 @@ def test_the_page_grows_and_keeps_what_stood_there(tmp_path):
     text = page.read_text()
     assert text.startswith(first)
     assert "## room: 1 holds, 1 does not hold, 0 inconclusive" in text
-    assert "| `a_claim`: A beats B. | A 3 | B 1.5 | +1.5 [+0.5, +2.5] points | 5 | 2 | holds |" in text
-    assert r"| `another` (loss): C \| D. |" in text
+    assert (
+        '| <a id="room-a_claim"></a>`a_claim`: A beats B. | A 3 | B 1.5 | +1.5 [+0.5, +2.5] points | 5 | 2 | holds |'
+        in text
+    )
+    assert r'| <a id="room-another"></a>`another` (loss): C \| D. |' in text
     assert "- `another` (loss), does not hold: C is too small." in text
     assert "jax " in text
     for room in ("room", "other"):

@@ -88,7 +88,7 @@ def test_by_rows_gives_what_the_whole_gives(small_parts, n):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_by_rows_holds_a_quarter_of_a_large_table():
+def test_by_rows_holds_a_part_of_a_large_table():
     n = 2048
     x = jax.ShapeDtypeStruct((n, 4), jnp.float32)
 
@@ -96,7 +96,7 @@ def test_by_rows_holds_a_quarter_of_a_large_table():
         return jnp.sum(pairs.by_rows(lambda rows: jax.nn.logsumexp(pairs.products(rows, x), axis=1), x, n))
 
     used = jax.jit(jax.value_and_grad(total)).lower(x).compile().memory_analysis().temp_size_in_bytes
-    assert used < 4 * n * n
+    assert used < 0.5 * 4 * n * n
 
 
 CUT = [

@@ -20,7 +20,7 @@ GRID = {"rate": (0.1, 0.3, 1.0, 3.0, 10.0)}
 SHAPE_RATE = 1e-2
 WHY = (
     "the noise of a reward is common to all tables, so that their spread does not show it, and weights by the spread "
-    "of five errors only add noise: with equal weights the error is less than half"
+    "of five errors only add noise: with equal weights the error is a third less"
 )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 
-from experiments.claims import harness, training
+from experiments.claims import harness, long_tail, training
 from experiments.claims.losses import long_tail_baselines as bed
 from steelyard import losses
 
@@ -56,4 +56,4 @@ def _tune(loss, **options):
 
 
 def _scaled_cosines(params, x):
-    return SCALE * bed.cosines(params, x)
+    return SCALE * long_tail.cosines(params, x)

@@ -3,9 +3,8 @@
 import functools
 from collections.abc import Callable
 
-import jax
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from experiments.claims import harness, long_tail, training
 from steelyard import losses
@@ -72,12 +71,6 @@ def run(
     return {"validation": validation, **long_tail.measure(logits[1::2], task.y_test[1::2])}
 
 
-def cosines(params: list[dict[str, Array]], x: Float[Array, "batch d"]) -> Float[Array, "batch classes"]:
-    """Of the perceptron's hidden units and the columns of its last layer, whose bias is left out."""
-    hidden = jax.nn.relu(training.mlp(params[:-1], x))
-    return losses.normalize(hidden) @ losses.normalize(params[-1]["kernel"], axis=0)
-
-
 def _arms() -> dict[str, harness.Arm]:
     taus = {"tau": (0.5, 1.0, 1.5)}
 
@@ -96,11 +89,8 @@ def _arms() -> dict[str, harness.Arm]:
         return run(functools.partial(losses.vector_scaling_loss, counts=COUNTS, gamma=config["gamma"]), key)
 
     def margins(config, key):
-        def loss(outputs, labels, step):
-            weights = losses.deferred(step, start=STEPS * 4 // 5, before=1.0, after=losses.class_weights(COUNTS))
-            return weights[labels] * losses.ldam_loss(outputs, labels, counts=COUNTS, max_margin=config["max_margin"])
-
-        return run(loss, key, apply=cosines)
+        loss = long_tail.ldam_drw(COUNTS, steps=STEPS, max_margin=config["max_margin"])
+        return run(loss, key, apply=long_tail.cosines)
 
     def focal(config, key):
         return run(functools.partial(losses.softmax_focal_loss, gamma=config["gamma"]), key)

@@ -11,7 +11,7 @@ from experiments.claims import harness, long_tail, training
 from steelyard import losses
 
 SEEDS = 10
-RATE, STEPS, SECOND_STAGE, BATCH = 0.1, 600, 200, 64
+STEPS, SECOND_STAGE = 600, 200
 GAMMAS = np.linspace(0, 1, 21)
 COUNTS = long_tail.counts()
 CROSS_ENTROPY = {"decay": (1e-4, 5e-4, 2e-3, 5e-3)}
@@ -76,26 +76,14 @@ def weight_balancing() -> tuple[harness.Outcome, ...]:
 
 def _cross_entropy(config, key):
     task, params = long_tail.load(key), training.mlp_init(key, long_tail.WIDTHS)
-    params = _fit(_mean_loss(task), params, config["decay"], task, key, STEPS + SECOND_STAGE)
+    params = long_tail.descend(_mean_loss(task), params, config["decay"], task, key, STEPS + SECOND_STAGE)
     return {**_accuracies(task, training.mlp(params, task.x_test)), **_fisher(task, params)}
 
 
 def _two_stages(config, key):
     task, params = long_tail.load(key), training.mlp_init(key, long_tail.WIDTHS)
-    params = _fit(_mean_loss(task), params, config["decay"], task, key, STEPS)
-    weights = losses.class_weights(COUNTS)
-
-    def shorten(updates, params):
-        kernel = losses.max_norm(params["kernel"] + updates["kernel"], radius=config["radius"])
-        return {**updates, "kernel": kernel - params["kernel"]}
-
-    def loss(classifier, rows):
-        logits = training.mlp([*params[:-1], classifier], task.x[rows])
-        return jnp.mean(weights[task.y[rows]] * cross_entropy(logits, task.y[rows]))
-
-    second = jax.random.fold_in(key, 2)
-    classifier = _fit(loss, params[-1], config["decay"], task, second, SECOND_STAGE, optax.stateless(shorten))
-    return _accuracies(task, training.mlp([*params[:-1], classifier], task.x_test))
+    params = long_tail.balance_weights(key, task, params, counts=COUNTS, steps=(STEPS, SECOND_STAGE), **config)
+    return _accuracies(task, training.mlp(params, task.x_test))
 
 
 def _one_stage(config, key):
@@ -107,7 +95,7 @@ def _one_stage(config, key):
         penalty = jnp.sum(hidden**2, axis=-1)
         return jnp.mean(cross_entropy(hidden @ frame, task.y[rows]) + config["penalty"] * penalty)
 
-    params = _fit(loss, params, config["decay"], task, key, STEPS + SECOND_STAGE)
+    params = long_tail.descend(loss, params, config["decay"], task, key, STEPS + SECOND_STAGE)
     logits = _hidden(params, task.x_test) @ frame
     scaled = jax.vmap(lambda gamma: losses.multiplicative_logit_adjustment(logits, counts=COUNTS, gamma=gamma))(GAMMAS)
     found = jax.vmap(functools.partial(_accuracies, task))(scaled)
@@ -116,12 +104,6 @@ def _one_stage(config, key):
 
 def _mean_loss(task):
     return lambda params, rows: jnp.mean(cross_entropy(training.mlp(params, task.x[rows]), task.y[rows]))
-
-
-def _fit(loss, params, decay, task, key, steps, *last):
-    """By SGD, with the decay added to the gradient, as in the paper."""
-    tx = optax.chain(optax.add_decayed_weights(decay), optax.sgd(RATE, momentum=0.9), *last)
-    return training.fit(loss, params, tx, training.minibatches(key, len(task.x), BATCH, steps))[0]
 
 
 def _hidden(layers, x):

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from steelyard import choices
@@ -43,7 +44,8 @@ def squentropy(logits: Logits, labels: Labels) -> PerExample:
             f"logits has shape {logits.shape}: squentropy needs at least 2 classes, it is a mean over the others"
         )
     others = jnp.where(margins.label_mask(labels, classes), 0, logits)
-    return jax.nn.softplus(-margins.log_odds(logits, labels)) + jnp.sum(others**2, axis=-1) / (classes - 1)
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return cross_entropy + jnp.sum(others**2, axis=-1) / (classes - 1)
 
 
 def rescaled_square_loss(

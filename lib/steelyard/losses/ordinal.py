@@ -59,7 +59,9 @@ def cumulative_probabilities(logits: Float[Array, "*batch thresholds"]) -> Float
     Raises:
       ValueError: no threshold.
     """
-    low, high = _ends(precision.wide(logits))
+    logits = _thresholds(logits)
+    infinite = jnp.full_like(logits[..., :1], jnp.inf)
+    low, high = jnp.concatenate([-infinite, logits], axis=-1), jnp.concatenate([logits, infinite], axis=-1)
     # sigmoid(high) - sigmoid(low) = sigmoid(high) sigmoid(-low) (1 - exp(low - high)); exchanged where they cross, so
     # that the exponential cannot overflow.
     ordered = high >= low
@@ -93,9 +95,16 @@ def cumulative_nll(
     Source: Predicting Rare Events by Shrinking Towards Proportional Odds (2023, Faletto, Bien), for the model.
     """
     choices.require_within("min_gap", min_gap, "(0, inf)")
-    low, high = _ends(precision.wide(logits))
-    high, labels = checks.labelled(high, labels, name="logits, with the infinite one of the last class,")
-    low, high = margins.at_label(low, labels), margins.at_label(high, labels)
+    logits, labels = _thresholds(logits), jnp.asarray(labels)
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {labels.shape} and logits {logits.shape}: labels must have the shape of all but the "
+            "last axis, which are the thresholds"
+        )
+    last = logits.shape[-1]
+    checks.check_labels(labels, last + 1)
+    high = jnp.where(labels == last, jnp.inf, margins.at_label(logits, jnp.minimum(labels, last - 1)))
+    low = jnp.where(labels == 0, -jnp.inf, margins.at_label(logits, jnp.maximum(labels - 1, 0)))
     gap = jnp.maximum(high - low, min_gap)
     return jax.nn.softplus(-high) + jax.nn.softplus(low) - jax.nn.log1mexp(gap)
 
@@ -136,9 +145,8 @@ def soft_threshold(x: Float[Array, "..."], threshold: float) -> Float[Array, "..
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - jnp.asarray(threshold, x.dtype), 0)
 
 
-def _ends(logits: Float[Array, "*batch thresholds"]) -> tuple[Float[Array, "*batch classes"], ...]:
-    """The thresholds below and above each class, infinite at the two ends."""
+def _thresholds(logits: Float[Array, "*batch thresholds"]) -> Float[Array, "*batch thresholds"]:
+    logits = precision.wide(logits)
     if not logits.ndim or not logits.shape[-1]:
         raise ValueError(f"logits has shape {logits.shape}: its last axis must have one threshold at least")
-    infinite = jnp.full_like(logits[..., :1], jnp.inf)
-    return jnp.concatenate([-infinite, logits], axis=-1), jnp.concatenate([logits, infinite], axis=-1)
+    return logits

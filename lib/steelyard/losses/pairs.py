@@ -16,7 +16,7 @@ from steelyard import precision
 
 PyTree = Any
 
-# Of a table of pairs of more entries than _WHOLE, at most a quarter of the rows and at most _MOST entries are held.
+# Of a table of pairs of more entries than _WHOLE, at most an eighth of the rows and at most _MOST entries are held.
 _WHOLE, _MOST = 2**18, 2**24
 
 
@@ -45,7 +45,7 @@ def by_rows(fn: Callable[[PyTree], PyTree], rows: PyTree, pairs_per_row: int) ->
     n = len(jax.tree.leaves(rows)[0])
     if n * pairs_per_row <= _WHOLE:
         return fn(rows)
-    at_once = max(1, min(-(-n // 4), _MOST // pairs_per_row))
+    at_once = max(1, min(-(-n // 8), _MOST // pairs_per_row))
     parts = -(-n // at_once)
 
     def cut(x):

@@ -248,10 +248,15 @@ def _over_table(
     """`of_rows` on the similarities, targets and truth values of some anchors at a time."""
     similarity, targets = checks.alike("similarity", similarity, "targets", targets)
     choices.require_within("targets", targets, "[0, 1]")
-    where = jnp.ones(similarity.shape, bool) if where is None else jnp.asarray(where)
-    if where.shape != similarity.shape:
+    where = None if where is None else jnp.asarray(where)
+    if where is not None and where.shape != similarity.shape:
         raise ValueError(f"where has shape {where.shape} and similarity {similarity.shape}: they must be the same")
-    return pairs.by_rows(of_rows, (similarity, targets, where), similarity.shape[-1])
+
+    def of_some(rows):
+        s, y, where = rows
+        return of_rows((s, y, jnp.ones(s.shape, bool) if where is None else where))
+
+    return pairs.by_rows(of_some, (similarity, targets, where), similarity.shape[-1])
 
 
 def _log_one_plus_sum(x: Table, weights: Table) -> Float[Array, "batch"]:
