@@ -3,9 +3,7 @@
     python -m experiments.long_tail --data_dir=../shared/data --folder=docs
 
 Trains perceptrons on long-tailed digits and, if the folder of prepared TFDS datasets has it, on a long-tailed part of
-`mnist_10k`. Writes a picture of the accuracy of each class and a page of tables, and prints the page.
-
-A minute on two cores.
+`mnist_10k`. Writes a picture of the accuracy of each class and a page of tables, and prints it; a minute on two cores.
 """
 
 import argparse
@@ -18,14 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.patches
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tqdm
-from absl import app, logging
-from absl.flags import argparse_flags
 from jaxtyping import Array, Float, Int, Key
 
 from experiments import machine
@@ -47,14 +44,14 @@ the steps. Written by `python -m experiments.long_tail`.
 """
 
 Results = dict[str, dict[str, Float[np.ndarray, "seeds ..."]]]
-Run = Callable[[Key[Array, ""]], dict[str, Array]]
+Run = Callable[[Key[Array, ""], training.Task], dict[str, Array]]
 
 
 class Bed(NamedTuple):
     """A data set with a long tail, and what learns it: `test` images a class, `widths` of the perceptron."""
 
     name: str
-    load: Callable[[Key[Array, ""]], training.Task]
+    draw: Callable[[Key[Array, ""]], training.Task]
     counts: Int[np.ndarray, "classes"]
     test: int
     widths: tuple[int, ...]
@@ -62,26 +59,17 @@ class Bed(NamedTuple):
     steps: int = 600
 
 
-def main(args: argparse.Namespace) -> None:
-    logging.set_verbosity(logging.WARNING)
-    beds = [digits()]
-    prepared = (pathlib.Path(args.data_dir, below) for below in ("", "tfds"))
-    prepared = next((folder for folder in prepared if (folder / MNIST).is_dir()), None)
-    if prepared is None:
-        print(f"no {MNIST} in --data_dir={args.data_dir}: digits alone", file=sys.stderr)
-    else:
-        beds.append(mnist(prepared))
-    print(write(pathlib.Path(args.folder), beds))
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags, not among those of absl: there the claims have a `--folder` of their own."""
-    parser = argparse_flags.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data_dir", default="../shared/data", help="Folder of prepared TFDS datasets, or above tfds/."
-    )
+def main(argv: Sequence[str]) -> None:
+    # Not a flag of absl, which are one set for all modules: the claims have a --folder too.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="../shared/data", help="Where TFDS prepared data, or what holds tfds/.")
     parser.add_argument("--folder", default="docs", help="Where long-tail.png and long-tail.md are written.")
-    return parser.parse_args(argv[1:])
+    args = parser.parse_args(argv[1:])
+    places = [pathlib.Path(args.data_dir, below) for below in ("", "tfds")]
+    beds = [digits(), *[mnist(place) for place in places if (place / MNIST).is_dir()][:1]]
+    if len(beds) == 1:
+        print(f"no {MNIST} in --data_dir={args.data_dir}: digits alone", file=sys.stderr)
+    print(write(pathlib.Path(args.folder), beds))
 
 
 def digits() -> Bed:
@@ -91,28 +79,30 @@ def digits() -> Bed:
 
 def mnist(folder: pathlib.Path) -> Bed:
     """500 to 5 images a class, drawn from the training split; of the test split as many as the smallest class has."""
-    (x, y), (x_test, y_test) = (_images(split, folder) for split in ("train", "test"))
+    load = functools.partial(data.load, f"tfds:{MNIST}", data_dir=folder, in_memory=True)
+    parts = [load(split=split).columns for split in ("train", "test")]
+    x, x_test = (part["image"].reshape(len(part["image"]), -1) / np.float32(255) for part in parts)
+    y, y_test = (part["label"] for part in parts)
     sizes, test = long_tail.counts(rho=100, largest=500), int(np.bincount(y_test).min())
     rows = np.concatenate([np.flatnonzero(y_test == label)[:test] for label in range(long_tail.CLASSES)])
 
-    def load(key):
+    def draw(key):
         drawn = long_tail.split(key, x, y, np.stack([0 * sizes, sizes]))
         return drawn._replace(x_test=jnp.asarray(x_test[rows]), y_test=jnp.asarray(y_test[rows]))
 
-    return Bed(MNIST, load, sizes, test, (x.shape[1], 128, long_tail.CLASSES), seeds=3)
+    return Bed(MNIST, draw, sizes, test, (x.shape[1], 128, long_tail.CLASSES), seeds=3)
 
 
 def methods(bed: Bed) -> dict[str, tuple[str, Run]]:
-    """Name -> settings in words, and what measures a key; the first is what the others correct."""
+    """Name -> settings in words, and what measures a key and its task; the first is what the others correct."""
     of, trained = {"counts": bed.counts}, functools.partial(_trained, bed)
     adjusted = functools.partial(losses.logit_adjusted_cross_entropy, **of, tau=1.5)
     ldam = long_tail.ldam_drw(**of, steps=bed.steps, max_margin=0.3)
     iif = functools.partial(losses.iif_loss, **of)
     multiply = functools.partial(losses.adjust_logits, scale=losses.inverse_image_frequency(**of))
     focal = functools.partial(losses.softmax_focal_loss, gamma=0.5)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     return {
-        "cross-entropy": ("decay 1e-2", trained(cross_entropy, decay=1e-2)),
+        "cross-entropy": ("decay 1e-2", trained(optax.softmax_cross_entropy_with_integer_labels, decay=1e-2)),
         "logit adjustment": ("in training, tau 1.5, decay 1e-3", trained(adjusted)),
         "LDAM-DRW": ("greatest margin 0.3, scale 30, cosine head, decay 1e-3", trained(ldam, apply=long_tail.cosines)),
         "IIF": ("raw weights, decay 1e-4", trained(iif, decay=1e-4, predict=multiply)),
@@ -122,26 +112,19 @@ def methods(bed: Bed) -> dict[str, tuple[str, Run]]:
 
 
 def _trained(
-    bed: Bed,
-    loss: Callable[..., Array],
-    *,
-    decay: float = 1e-3,
-    apply: Callable[..., Array] = training.mlp,
-    predict: Callable[[Array], Array] = lambda logits: logits,
+    bed: Bed, loss: Callable[..., Array], decay=1e-3, apply=training.mlp, predict=lambda logits: logits
 ) -> Run:
     init = functools.partial(training.mlp_init, widths=bed.widths)
 
-    def run(key):
-        task = bed.load(key)
+    def run(key, task):
         params = long_tail.fit(loss, key, task, steps=bed.steps, weight_decay=decay, init=init, apply=apply)
         return long_tail.measure(predict(apply(params, task.x_test)), task.y_test)
 
     return run
 
 
-def _balanced(bed: Bed, key: Key[Array, ""]) -> dict[str, Array]:
-    task, params = bed.load(key), training.mlp_init(key, bed.widths)
-    steps = bed.steps, -(-bed.steps // 3)
+def _balanced(bed: Bed, key: Key[Array, ""], task: training.Task) -> dict[str, Array]:
+    params, steps = training.mlp_init(key, bed.widths), (bed.steps, -(-bed.steps // 3))
     params = long_tail.balance_weights(key, task, params, counts=bed.counts, decay=2e-3, radius=1.0, steps=steps)
     return long_tail.measure(training.mlp(params, task.x_test), task.y_test)
 
@@ -159,36 +142,29 @@ def write(folder: pathlib.Path, beds: Sequence[Bed]) -> str:
 def _measure(bed: Bed) -> Results:
     """All methods with the same seeds, in percent."""
     keys = jax.vmap(jax.random.key)(FIRST_SEED + jnp.arange(bed.seeds))
-    results = {}
+    tasks, results = jax.jit(jax.vmap(bed.draw))(keys), {}
     with tqdm.tqdm(methods(bed).items(), desc=bed.name, unit="method", disable=None, leave=False) as bar:
         for name, (_, run) in bar:
             bar.set_postfix_str(name)
-            found = jax.jit(jax.vmap(run))(keys)
+            found = jax.jit(jax.vmap(run))(keys, tasks)
             results[name] = {metric: 100 * np.asarray(values, np.float64) for metric, values in found.items()}
     return results
 
 
 def table(bed: Bed, results: Results) -> str:
     """A section of the page."""
-    network = "-".join(map(str, bed.widths))
-    lines = [
-        f"## {bed.name}",
-        "",
-        f"{bed.seeds} seeds; {', '.join(map(str, bed.counts))} training images of the classes 0 to 9, {bed.test} test "
-        f"images of each; perceptron {network}; {bed.steps} steps.",
-        "",
-        "| method | settings | balanced | head | tail |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    network, sizes = "-".join(map(str, bed.widths)), ", ".join(map(str, bed.counts))
+    measured_on = (
+        f"{bed.seeds} seeds; {sizes} training images of the classes 0 to 9, {bed.test} test images of each; "
+        f"perceptron {network}; {bed.steps} steps."
+    )
+    head = "| method | settings | balanced | head | tail |\n| --- | --- | --- | --- | --- |"
+    lines = [f"## {bed.name}\n\n{measured_on}\n", head]
     for name, (settings, _) in methods(bed).items():
-        cells = [_mean_and_error(results[name][metric]) for metric in ("balanced", "head", "tail")]
+        found = [results[name][metric] for metric in ("balanced", "head", "tail")]
+        cells = [f"{x.mean():.1f} ± {x.std() / max(len(x) - 1, 1) ** 0.5:.1f}" for x in found]
         lines.append(f"| {' | '.join([name, settings, *cells])} |")
     return "\n".join([*lines, ""])
-
-
-def _mean_and_error(values: Float[np.ndarray, "seeds"]) -> str:
-    error = f" ± {values.std(ddof=1) / np.sqrt(len(values)):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{error}"
 
 
 def picture(measured: Sequence[tuple[Bed, Results]], path: pathlib.Path) -> None:
@@ -197,13 +173,12 @@ def picture(measured: Sequence[tuple[Bed, Results]], path: pathlib.Path) -> None
     size = 2.6 * len(corrections), 0.8 + 2.7 * len(measured)
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(len(measured), len(corrections), figsize=size, sharey=True, squeeze=False)
-        for axis, name, color in zip(axes[0], corrections, SERIES, strict=False):
-            axis.set_title(name, color=color, fontweight="bold")
         for row, (bed, results) in zip(axes, measured, strict=True):
             for axis, name, color in zip(row, corrections, SERIES, strict=False):
                 _bars(axis, bed.counts, is_last=axis is row[-1])
                 _line(axis, results[baseline]["classes"], BASELINE, "o--")
                 _line(axis, results[name]["classes"], color, "o-")
+                axis.set_title(name, color=color, fontweight="bold")
             row[0].set_ylabel(f"{bed.name}, {bed.seeds} seeds\ntest accuracy (%)")
         figure.supxlabel("class, from frequent to rare", fontsize=10)
         figure.legend(handles=_handles(baseline), loc="outside upper center", ncols=4)
@@ -232,22 +207,14 @@ def _line(axis: plt.Axes, classes: Float[np.ndarray, "seeds classes"], color: st
 
 
 def _handles(baseline: str) -> list[Any]:
-    line, patch = (
-        functools.partial(plt.Line2D, [], [], marker="o", markersize=3.5),
-        functools.partial(plt.Rectangle, (0, 0), 1, 1),
-    )
+    line, patch = functools.partial(plt.Line2D, [], [], marker="o", markersize=3.5), matplotlib.patches.Patch
     return [
         line(color=BASELINE, linestyle="--", label=baseline),
-        line(color=SERIES[0], label="method of the title"),
-        patch(color=BASELINE, alpha=0.18, linewidth=0, label="± one standard deviation over seeds"),
+        line(color=SERIES[0], label="the method above the panel"),
+        patch(color=SERIES[0], alpha=0.18, linewidth=0, label="± one standard deviation over seeds"),
         patch(color=BARS, label="training images, right scale"),
     ]
 
 
-def _images(split: str, folder: pathlib.Path) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, "n"]]:
-    columns = data.load(f"tfds:{MNIST}", split=split, data_dir=folder, in_memory=True).columns
-    return columns["image"].reshape(len(columns["image"]), -1) / np.float32(255), columns["label"]
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    main(sys.argv)
