@@ -100,6 +100,10 @@ class Entry(NamedTuple):
     targets: str = "labels"
     per_anchor: bool = True
 
+    def __hash__(self):
+        """By its name, so that pytest can put the tests of an entry side by side."""
+        return hash(self.name)
+
     @property
     def contracts(self) -> set[str]:
         return KINDS[self.kind] - set(self.excuses)

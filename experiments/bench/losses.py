@@ -141,7 +141,8 @@ Value and gradient, as ratios to optax's softmax cross-entropy with integer labe
 logits, and for losses of several labels to its binary cross-entropy at as many entries. Time here: median of rounds in
 which all take turns on the CPU. Bytes on v5e: read and written by the fusions, as compiled for a TPU v5e.
 Losses of pairs compare {batch} embeddings of {features} features, against the same cross-entropy. Their memory is the
-compiled gradient's temporaries in {batch} x {batch} float32 matrices, on this machine and as compiled for a TPU v5e.
+compiled gradient's temporaries in {batch} x {batch} float32 matrices, on this machine and as compiled for a TPU v5e;
+those that the benchmark makes as inputs are left out.
 """
 
 

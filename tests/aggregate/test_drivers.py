@@ -3,6 +3,7 @@
 The rules are those of the contract table, so that a new one is tested by being listed.
 """
 
+import functools
 import re
 
 import jax
@@ -78,11 +79,17 @@ def test_weights_is_stacked(name):
     assert_close(updates(rule, "weights"), updates(rule, "stacked"))
 
 
+@functools.cache
+def rows_and_losses():
+    params, batch = make_params(), make_batch()
+    return jax.jit(jax.jacrev(losses_fn))(params, *batch), losses_fn(params, *batch)
+
+
 @pytest.mark.parametrize("name", sorted({*ON_GRAM, *ON_LOSSES}))
 def test_the_driver_is_the_rules_own_update(name):
     """`update` on the stacked gradients, which chains with an optimizer, against what the train step calls."""
     rule, params, batch = RULES[name](), make_params(), make_batch()
-    rows, losses = jax.jit(jax.jacrev(losses_fn))(params, *batch), losses_fn(params, *batch)
+    rows, losses = rows_and_losses()
     expected, _ = jax.jit(lambda: rule.update(rows, rule.init(params), params, losses=losses))()
     _, found, _ = jax.jit(aggregate.value_and_grad(losses_fn, rule, mode="stacked"))(params, rule.init(params), *batch)
     scale = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(expected)))
