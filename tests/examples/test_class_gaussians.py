@@ -146,11 +146,11 @@ def test_draws_depend_on_the_key_alone():
         (lambda: estimate(features(), LABELS, jitter=-1.0), r"jitter=-1.0 must lie in \[0, inf\)"),
         (lambda: estimate(features(), LABELS, borrow=0), r"borrow=0 must lie in \[1, inf\)"),
         (lambda: estimate(features(), LABELS, borrow=4), "borrow=4, but is_head names 3 classes"),
-        (lambda: estimate(features(), LABELS[:3]), r"\(53, 3\) and labels \(3,\)"),
+        (lambda: estimate(features(), LABELS[:3]), r"labels has shape \(3,\) and features \(53, 3\)"),
         (lambda: estimate(features(), LABELS + 1), r"labels=5 must lie in \[0, 5\)"),
         (lambda: estimate(features(), np.zeros_like(LABELS)), "class 1 has no examples"),
         (lambda: estimate(features(), LABELS, is_head=IS_HEAD[:2]), r"is_head has shape \(2,\)"),
-        (lambda: estimate(features(), LABELS / 1), "labels must be integers"),
+        (lambda: estimate(features(), LABELS / 1), "labels are float.*; they must be integers"),
         (
             lambda: examples.sample_features(jax.random.key(0), estimate(features(), LABELS), np.zeros(2)),
             "labels must be a vector of integers",

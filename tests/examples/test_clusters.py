@@ -135,7 +135,7 @@ X, Y, N = jnp.ones((4, 2)), jnp.array([0, 0, 1, 1]), jnp.array([2, 2])
         (lambda: examples.subclass_count(N, minimum_size=0), r"minimum_size=0 must lie in \[1, inf\)"),
         (lambda: examples.subclass_count(jnp.array([3, 0])), r"counts=0.0 must lie in \(0, inf\)"),
         (lambda: examples.cluster_temperatures(X, Y, N, N[:1]), r"subclass_counts has shape \(1,\) and counts \(2,\)"),
-        (lambda: examples.cluster_temperatures(X, Y[:3], N, N), r"\(4, 2\) and labels \(3,\)"),
+        (lambda: examples.cluster_temperatures(X, Y[:3], N, N), r"labels has shape \(3,\) and embeddings \(4, 2\)"),
         (lambda: examples.cluster_temperatures(X, Y + 1, N, N), r"labels=2 must lie in \[0, 2\)"),
         (lambda: examples.cluster_temperatures(X, Y, N, N, temperature=0.0), r"temperature=0.0 must lie in \(0, inf\)"),
         (lambda: examples.cluster_temperatures(X, Y, N, N, smoothing=0.5), r"smoothing=0.5 must lie in \[1, inf\)"),

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from steelyard import choices, precision
+from steelyard.losses import checks
 
 _LEAST_VARIANCE = 1e-6
 _ROWS = 32  # whose roots of covariances are in memory together
@@ -144,16 +145,11 @@ def sample_features(key: Key[Array, ""], gaussians: Gaussians, labels: Int[Array
 
 
 def _counts(features, labels, num_classes: int, is_head, borrow: int) -> Int[np.ndarray, "classes"]:
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"features has shape {features.shape} and labels {labels.shape}: they must be [n, features] and [n]"
-        )
+    checks.rows(features, name="features", labels=labels)
     if is_head.shape != (num_classes,):
         raise ValueError(f"is_head has shape {is_head.shape}: it must be ({num_classes},), one for each class")
     if not is_head.all() and is_head.sum() < borrow:
         raise ValueError(f"borrow={borrow}, but is_head names {is_head.sum()} classes to borrow from")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
     choices.require_within("labels", labels, f"[0, {num_classes})")
     counts = np.bincount(labels, minlength=num_classes)
     if not counts.all():

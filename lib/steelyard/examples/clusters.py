@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from steelyard import choices, precision
+from steelyard import choices
 from steelyard.losses import checks
 
 
@@ -126,9 +126,7 @@ def cluster_temperatures(
 
 def _spread(embeddings: Float[Array, "n d"], labels: Int[Array, "n"], classes: int) -> Float[Array, "classes"]:
     """Mean distance of a class's rows from their mean, 0 for a class without rows."""
-    x, labels = precision.wide(embeddings), jnp.asarray(labels)
-    if x.ndim != 2 or labels.shape != x.shape[:1]:
-        raise ValueError(f"embeddings has shape {x.shape} and labels {labels.shape}: they must be [n, d] and [n]")
+    x, labels = checks.rows(embeddings, labels=labels), jnp.asarray(labels)
     checks.check_labels(labels, classes)
     rows = jnp.maximum(jnp.bincount(labels, length=classes), 1)
     means = jax.ops.segment_sum(x, labels, classes) / rows[:, None]
