@@ -13,7 +13,7 @@ def test_what_fits_is_widened():
     assert (logits.dtype, labels.shape) == (jnp.float32, (2,))
     a, b = checks.alike("a", jnp.ones(2, jnp.float16), "b", [1, 2])
     assert a.dtype == b.dtype == jnp.float32
-    assert checks.class_vector("scale", 2, 3).shape == ()
+    assert checks.number_or("scale", 2, (3,)).shape == ()
     np.testing.assert_array_equal(checks.class_sizes([3, 1]), [3, 1])
 
 
@@ -25,7 +25,7 @@ def test_what_fits_is_widened():
         (lambda: checks.labelled(jnp.ones((2, 3)), jnp.array([-1, 0])), r"labels=-1 must lie in \[0, 3\)"),
         (lambda: checks.labelled(jnp.ones((2, 3)), jnp.ones(2)), "labels are float32"),
         (lambda: checks.alike("a", jnp.ones(2), "b", jnp.ones(3)), r"a has shape \(2,\) and b \(3,\)"),
-        (lambda: checks.class_vector("margin", jnp.ones(2), 3), r"margin has shape \(2,\).*\(3,\)"),
+        (lambda: checks.number_or("margin", jnp.ones(2), (3,)), r"margin has shape \(2,\).*\(3,\)"),
         (lambda: checks.class_sizes(jnp.array([2, 0])), r"counts=0\.0 must lie in \(0, inf\)"),
         (lambda: checks.class_sizes(jnp.ones(2), 3), r"counts has shape \(2,\): it must be \(3,\)"),
     ],
@@ -39,3 +39,10 @@ def test_what_is_traced_cannot_be_looked_at():
     jax.jit(lambda labels, counts: (checks.labelled(jnp.ones((1, 2)), labels), checks.class_sizes(counts)))(
         jnp.array([7]), jnp.zeros(2)
     )
+
+
+def test_broadcasting_must_not_enlarge():
+    checks.require_broadcast("scale", jnp.ones((1, 3)), "the result", (2, 3))
+    for shape in ((3, 1), (2, 1, 3), (2,)):
+        with pytest.raises(ValueError, match=r"scale has shape .* it must broadcast to that of the result, \(2, 3\)"):
+            checks.require_broadcast("scale", jnp.ones(shape), "the result", (2, 3))

@@ -121,8 +121,7 @@ def corrected_td(
     value, next_value = checks.alike("value", value, "next_value", next_value)
     td_error, dual = checks.alike("td_error", td_error, "dual", dual)
     checks.alike("value", value, "td_error", td_error)
-    if jnp.shape(discount) not in ((), value.shape):
-        raise ValueError(f"discount has shape {jnp.shape(discount)}: it must be a number or of shape {value.shape}")
+    discount = checks.number_or("discount", discount, value.shape).astype(value.dtype)
     sampled, expected = (jax.lax.stop_gradient(_derivative(x, kind, threshold)) for x in (td_error, dual))
     return expected * discount * next_value - sampled * value
 

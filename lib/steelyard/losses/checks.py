@@ -89,16 +89,27 @@ def alike(
     return a, b
 
 
-def class_vector(name: str, value: Float[Array, "..."], classes: int) -> Float[Array, "..."]:
-    """A number, or one for each class, in float32 at least.
+def number_or(name: str, value: Float[Array, "..."], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """A number, or an array of this shape, in float32 at least.
 
     Raises:
       ValueError: another shape.
     """
     value = precision.wide(value)
-    if value.shape not in ((), (classes,)):
-        raise ValueError(f"{name} has shape {value.shape}: it must be a number or have shape ({classes},)")
+    if value.shape not in ((), shape):
+        raise ValueError(f"{name} has shape {value.shape}: it must be a number or have shape {shape}")
     return value
+
+
+def require_broadcast(name: str, value: Float[Array, "..."], onto: str, shape: tuple[int, ...]) -> None:
+    """Refuses what does not broadcast to a shape, which is that of `onto`, without enlarging it.
+
+    Equal but for axes of length 1, from the right: [n] against [n, 1] would make [n, n].
+    """
+    own = jnp.shape(value)
+    axes = zip(reversed(own), reversed(shape), strict=False)
+    if len(own) > len(shape) or any(a not in (1, b) for a, b in axes):
+        raise ValueError(f"{name} has shape {own}: it must broadcast to that of {onto}, {shape}")
 
 
 def class_sizes(counts: Float[Array, "classes"], classes: int | None = None) -> Float[Array, "classes"]:

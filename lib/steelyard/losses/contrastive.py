@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from steelyard import choices, precision
+from steelyard import choices
 from steelyard.losses import checks, margins, pairs
 from steelyard.losses.declare import batch_dependent
 
@@ -200,7 +200,4 @@ def _contrast(
 
 def _per_row(temperature: float | Float[Array, "n"], n: int) -> Float[Array, "n"]:
     choices.require_within("class_temperature", temperature, "(0, inf)")
-    temperature = precision.wide(temperature)
-    if temperature.shape not in ((), (n,)):
-        raise ValueError(f"class_temperature has shape {temperature.shape}: it must be a number or have shape ({n},)")
-    return jnp.broadcast_to(temperature, (n,))
+    return jnp.broadcast_to(checks.number_or("class_temperature", temperature, (n,)), (n,))

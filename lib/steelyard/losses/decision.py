@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from steelyard import choices, precision
+from steelyard import choices
 from steelyard.losses import checks
 
 PerCustomer = Float[Array, "*batch"]
@@ -132,6 +132,4 @@ def spo_plus_targeting(score: PerCustomer, value: PerCustomer) -> PerCustomer:
 
 def _amount(name: str, value: Amount, interval: str, shape: tuple[int, ...]) -> Float[Array, "*#batch"]:
     choices.require_within(name, value, interval)
-    if jnp.shape(value) not in ((), shape):
-        raise ValueError(f"{name} has shape {jnp.shape(value)}: it must be a number or have shape {shape}")
-    return precision.wide(value)
+    return checks.number_or(name, value, shape)

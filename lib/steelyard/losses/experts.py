@@ -81,10 +81,10 @@ def ride_loss(
     choices.require_within("diversity", diversity, "[0, inf)")
     logits, labels = _labelled(expert_logits, labels)
     classes = logits.shape[-1]
-    temperature = checks.class_vector("temperature", temperature, classes)
+    temperature = checks.number_or("temperature", temperature, (classes,))
     own = _cross_entropies(logits, labels, margin)
     if class_weight is not None:
-        class_weight = checks.class_vector("class_weight", class_weight, classes)
+        class_weight = checks.number_or("class_weight", class_weight, (classes,))
         own = own * jnp.broadcast_to(class_weight, classes)[labels]
     log_q = jax.nn.log_softmax(logits / temperature)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(jnp.mean(logits, axis=0) / temperature))

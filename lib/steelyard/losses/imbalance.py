@@ -129,7 +129,7 @@ def softmax_focal_loss(
     choices.require_within("gamma", gamma, "[0, inf)")
     logits, labels = checks.labelled(logits, labels)
     classes = logits.shape[-1]
-    alpha = None if alpha is None else checks.class_vector("alpha", alpha, classes).astype(logits.dtype)
+    alpha = None if alpha is None else checks.number_or("alpha", alpha, (classes,)).astype(logits.dtype)
     lead = margins.log_odds(logits, labels)
     losses = jnp.exp(gamma * jax.nn.log_sigmoid(-lead)) * jax.nn.softplus(-lead)
     if alpha is not None:
@@ -205,7 +205,7 @@ def max_norm(
     """
     choices.require_within("radius", radius, "(0, inf)")
     columns = precision.wide(_matrix(kernel))
-    radii = checks.class_vector("radius", radius, columns.shape[1]).astype(columns.dtype)
+    radii = checks.number_or("radius", radius, (columns.shape[1],)).astype(columns.dtype)
     radii = jnp.broadcast_to(radii, columns.shape[1:])
     shortened = jax.vmap(optax.projections.projection_l2_ball, (1, 0), 1)(columns, radii)
     return shortened.astype(kernel.dtype)

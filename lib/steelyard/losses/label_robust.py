@@ -134,10 +134,4 @@ def _divergence(logits: Logits, smoothing: float) -> PerExample:
 
 def _temperature(temperature: Temperature, logits: Logits) -> PerExample | Float[Array, ""]:
     choices.require_within("temperature", temperature, "(0, inf)")
-    temperature = jnp.asarray(temperature, logits.dtype)
-    if temperature.shape not in ((), logits.shape[:-1]):
-        raise ValueError(
-            f"temperature has shape {temperature.shape} and logits {logits.shape}: "
-            "it must be a number, or one for each example"
-        )
-    return temperature
+    return checks.number_or("temperature", temperature, logits.shape[:-1]).astype(logits.dtype)

@@ -41,15 +41,15 @@ def adjust_logits(
     logits = precision.wide(logits)
     classes = logits.shape[-1]
     if scale is not None:
-        logits = logits * checks.class_vector("scale", scale, classes).astype(logits.dtype)
+        logits = logits * checks.number_or("scale", scale, (classes,)).astype(logits.dtype)
     if offset is not None:
-        logits = logits + checks.class_vector("offset", offset, classes).astype(logits.dtype)
+        logits = logits + checks.number_or("offset", offset, (classes,)).astype(logits.dtype)
     if margin is None:
         return logits
     if labels is None:
         raise ValueError("margin needs labels: it is taken from the logit of the label's class; labels is None")
     logits, labels = checks.labelled(logits, labels)
-    margin = checks.class_vector("margin", margin, classes).astype(logits.dtype)
+    margin = checks.number_or("margin", margin, (classes,)).astype(logits.dtype)
     return logits - jnp.where(label_mask(labels, classes), margin, 0)
 
 

@@ -40,7 +40,7 @@ def pseudo_huber(
     squares = precision.wide(errors) ** 2
     if axis is not None:
         squares = jnp.sum(squares, axis)
-    _require_broadcast(jnp.shape(delta), squares.shape)
+    checks.require_broadcast("delta", delta, "the losses", squares.shape)
     inverse = 1 / jnp.asarray(delta, squares.dtype)
     # Scaled twice, as the square of a small delta may underflow.
     return squares / (1 + jnp.sqrt(1 + squares * inverse * inverse))
@@ -243,8 +243,3 @@ def quantile_edges(targets: Float[Array, "..."], bins: int) -> Float[Array, "edg
         raise ValueError(f"targets has {values.size} numbers, no two of them different: they cannot be binned")
     positions = -(-np.arange(1, bins) * (values.size - 1) // bins)  # of the quantiles k / bins, rounded up
     return jnp.asarray(np.unique(np.maximum(values[positions], larger[0])))
-
-
-def _require_broadcast(delta: tuple[int, ...], result: tuple[int, ...]) -> None:
-    if len(delta) > len(result) or any(a not in (1, b) for a, b in zip(delta[::-1], result[::-1], strict=False)):
-        raise ValueError(f"delta has shape {delta}, which does not broadcast to the shape {result} of the losses")

@@ -241,10 +241,6 @@ def _fitted(onto: str, shape: tuple[int, ...], dtype=jnp.float32, /, **values: A
       ValueError: one of them does not broadcast to the shape, which is that of `onto`.
     """
     for name, value in values.items():
-        own = jnp.shape(value)
-        # Equal but for axes of length 1, from the right: [n] against [n, 1] would make [n, n].
-        axes = zip(reversed(own), reversed(shape), strict=False)
-        if len(own) > len(shape) or any(a not in (1, b) for a, b in axes):
-            raise ValueError(f"{name} has shape {own}: it must broadcast to that of {onto}, {shape}")
+        checks.require_broadcast(name, value, onto, shape)
     dtype = jnp.promote_types(jnp.result_type(*values.values()), dtype)
     return [jnp.asarray(value, dtype) for value in values.values()]
