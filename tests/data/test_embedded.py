@@ -40,6 +40,20 @@ def test_digits():
     assert _pool("image", embedded.digits) == sorted(map(tuple, (raw.data / 16).tolist()))
 
 
+def test_noise_moves_a_share_of_the_training_labels_to_other_classes():
+    clean, some, more = (embedded.digits(label_noise=share) for share in (0.0, 0.2, 0.4))
+    wrong = [part.columns["label"] != clean.columns["label"] for part in (some, more)]
+    assert [w.sum() for w in wrong] == [round(share * len(clean)) for share in (0.2, 0.4)]
+    assert np.all(wrong[1][wrong[0]])  # those of the smaller share are among those of the greater
+    assert set(more.columns["label"]) == set(range(10))
+    np.testing.assert_array_equal(more.columns["image"], clean.columns["image"])
+    assert some.info.version != clean.info.version
+    noisy, test = (embedded.digits(split="test", label_noise=share).columns["label"] for share in (0.4, 0.0))
+    np.testing.assert_array_equal(noisy, test)
+    with pytest.raises(ValueError, match=r"label_noise=2 must lie in \[0, 1\]"):
+        embedded.digits(label_noise=2)
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_hold_the_rows_of_their_source_once(name):
     load, raw = getattr(embedded, name), TABLES[name]()

@@ -38,7 +38,7 @@ def test_an_unknown_name_unlike_any_other():
 
 
 def test_an_unknown_option_lists_those_that_exist():
-    with pytest.raises(ValueError, match="digits has no option 'length'; its options: none"):
+    with pytest.raises(ValueError, match="digits has no option 'length'; its options: label_noise"):
         data.load("digits", length=3)
     with pytest.raises(ValueError, match="python_source has no option 'size'; its options: length"):
         data.load("python_source", size=3)
