@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from steelyard import tree
+from steelyard.losses import pairs
 from steelyard.train import sharding, stored
 from tests import contracts
 
@@ -340,12 +341,14 @@ def assert_same_losses(got, expected):
 
 
 @over("shards")
-def test_shards(entry):
+def test_shards(entry, monkeypatch):
+    """Against the whole on one device; there a table of pairs is held as a whole, too, which over devices is cut."""
     fn = entry.make()
     assert getattr(contracts.ROOMS["losses"], entry.name.partition(".")[2]).batch_dependent
     scores, targets = batch_of_16(entry)
     expected = jax.jit(contracts.summed(fn))(scores, targets)
     assert expected[1].shape == ((16,) if entry.per_anchor else expected[1].shape)
+    monkeypatch.setattr(pairs, "_WHOLE", 8)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split, everywhere = PartitionSpec("data"), PartitionSpec()
     args = jax.device_put((scores, targets), NamedSharding(mesh, split))
