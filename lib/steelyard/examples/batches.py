@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from steelyard import choices
+from steelyard.losses import checks
 
 
 def binding_examples(labels: Int[Array, "n"], num_classes: int) -> Int[Array, "num_classes"]:
@@ -105,6 +106,5 @@ def _integers(name: str, values: Int[Array, "..."], ndim: int | None = None) -> 
     values = jnp.asarray(values)
     if ndim not in (None, values.ndim):
         raise ValueError(f"{name} has shape {values.shape}: it must have {ndim} axis")
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise ValueError(f"{name} are {values.dtype}; they must be integers")
+    checks.require_integers(name, values)
     return values

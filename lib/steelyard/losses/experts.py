@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from steelyard import choices, precision
-from steelyard.losses import checks, margins
+from steelyard.losses import checks, logit_adjustment
 
 ExpertLogits = Float[Array, "experts *batch classes"]
 
@@ -82,7 +82,8 @@ def ride_loss(
     logits, labels = _labelled(expert_logits, labels)
     classes = logits.shape[-1]
     temperature = checks.number_or("temperature", temperature, (classes,))
-    own = _cross_entropies(logits, labels, margin)
+    every_label = jnp.broadcast_to(labels, logits.shape[:-1])
+    own = logit_adjustment.adjusted_cross_entropy(logits, every_label, margin=margin)
     if class_weight is not None:
         class_weight = checks.number_or("class_weight", class_weight, (classes,))
         own = own * jnp.broadcast_to(class_weight, classes)[labels]
@@ -147,13 +148,6 @@ def routed_mean(
     goes_on = jnp.cumprod(jax.nn.sigmoid(routing) > threshold, axis=0, dtype=jnp.int32) > 0
     used = jnp.concatenate([jnp.ones((1, *expected[1:]), bool), goes_on])[..., None]
     return jnp.sum(jnp.where(used, logits, 0), axis=0) / jnp.sum(used, axis=0)
-
-
-def _cross_entropies(
-    logits: ExpertLogits, labels: Int[Array, "*batch"], margin: float | Float[Array, "classes"] | None
-) -> Float[Array, "experts *batch"]:
-    moved = margins.adjust_logits(logits, jnp.broadcast_to(labels, logits.shape[:-1]), margin=margin)
-    return jax.nn.logsumexp(moved, axis=-1) - margins.at_label(moved, labels)
 
 
 def _stacked(expert_logits: ExpertLogits) -> ExpertLogits:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from steelyard import choices, precision
+from steelyard import choices
 from steelyard.losses import checks, margins
 
 Logits = Float[Array, "*batch classes"]
@@ -53,7 +53,7 @@ def posthoc_logit_adjustment(logits: Logits, *, counts: Counts, tau: float = 1.0
 
     Source: Long-tail learning via logit adjustment (2021, Menon et al.), section 4.
     """
-    return _adjusted(logits, offset=-_log_priors(counts, tau))
+    return margins.adjust_logits(logits, offset=-_log_priors(counts, tau))
 
 
 def multiplicative_logit_adjustment(logits: Logits, *, counts: Counts, gamma: float) -> Logits:
@@ -71,7 +71,7 @@ def multiplicative_logit_adjustment(logits: Logits, *, counts: Counts, gamma: fl
 
     Source: Exploring Weight Balancing on Long-Tailed Recognition Problem (2023, Hasegawa and Sato).
     """
-    return _adjusted(logits, scale=1 / _relative_sizes(counts, gamma))
+    return margins.adjust_logits(logits, scale=1 / _relative_sizes(counts, gamma))
 
 
 def vector_scaling_loss(
@@ -148,14 +148,7 @@ def ldam_loss(
 def adjusted_cross_entropy(logits: Logits, labels: Labels, **vectors: Counts) -> PerExample:
     """Cross-entropy of `adjust_logits(logits, labels, **vectors)`."""
     logits, labels = checks.labelled(logits, labels)
-    return optax.softmax_cross_entropy_with_integer_labels(_adjusted(logits, labels, **vectors), labels)
-
-
-def _adjusted(logits: Logits, labels: Labels | None = None, **vectors: Counts) -> Logits:
-    """Of the logits' precision, whatever is that of the vectors."""
-    logits = precision.wide(logits)
-    vectors = {name: jnp.asarray(value, logits.dtype) for name, value in vectors.items()}
-    return margins.adjust_logits(logits, labels, **vectors)
+    return optax.softmax_cross_entropy_with_integer_labels(margins.adjust_logits(logits, labels, **vectors), labels)
 
 
 def _log_priors(counts: Counts, tau: float) -> Counts:

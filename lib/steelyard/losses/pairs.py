@@ -61,12 +61,6 @@ def row_numbers(n: int, axis_name: str | None) -> Int[Array, "n"]:
     return jnp.arange(n) + (0 if axis_name is None else jax.lax.axis_index(axis_name) * n)
 
 
-def not_self(n_local: int, n_all: int, axis_name: str | None) -> Bool[Array, "n_local n_all"]:
-    """False where a row of this device meets itself among all rows."""
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n_local
-    return (first + jnp.arange(n_local))[:, None] != jnp.arange(n_all)
-
-
 def valid_rows(where: Bool[Array, "n"] | None, n: int) -> Bool[Array, "n"]:
     """The rows that count; all if `where` is None.
 
