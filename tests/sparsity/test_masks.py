@@ -225,3 +225,140 @@ def test_summarize_and_overlap():
     b = {"x": jnp.array([True, False, True]), "y": None, "z": jnp.array([True])}
     shares = jax.jit(masks.overlap)(a, b)
     assert {path: float(x) for path, x in shares.items()} == {"x": 0.5, "z": 0.0, "total": 0.5}
+
+
+# Blocks, channels, and whole trees.
+
+
+def block_loop(scores, sparsity, shape, pool):
+    """Every block pooled by itself over what is there, then the best of them by a stable sort."""
+    rows, columns = (-(-size // step) for size, step in zip(scores.shape, shape, strict=False))
+    pooled = [
+        pool(scores[a * shape[0] : (a + 1) * shape[0], b * shape[1] : (b + 1) * shape[1]])
+        for a in range(rows)
+        for b in range(columns)
+    ]
+    kept = np.reshape(keep_loop(pooled, max(1, round(len(pooled) * (1 - sparsity)))), (rows, columns))
+    place = np.ix_(*(np.arange(size) // step for size, step in zip(scores.shape[:2], shape, strict=True)))
+    return kept[place]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3), (1, 9), (8, 8)])
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_blocks_are_the_loop_whatever_the_remainder(shape, pool):
+    """Seven rows and nine columns: remainders of any size, less and more than half a block."""
+    scores = np.random.default_rng(0).integers(0, 50, (7, 9)).astype(np.float32)
+    expected = block_loop(scores, 0.5, shape, {"mean": np.mean, "max": np.max}[pool])
+    np.testing.assert_array_equal(masks.block_mask(scores, 0.5, shape, pool=pool), expected)
+
+
+def test_blocks_pool_later_axes_and_take_a_vector_as_a_row():
+    scores = np.random.default_rng(1).uniform(size=(4, 6, 3)).astype(np.float32)
+    expected = block_loop(scores.mean(-1), 0.5, (2, 2), np.mean)
+    got = masks.block_mask(scores, 0.5, (2, 2))
+    np.testing.assert_array_equal(got, np.repeat(expected[..., None], 3, -1))
+    assert masks.block_mask(jnp.array([1.0, 1.0, 3.0, 3.0, 2.0]), 0.5, (4, 2)).tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
+def test_a_block_of_one_entry_is_no_block():
+    scores = jax.random.normal(jax.random.key(0), (5, 6))
+    np.testing.assert_array_equal(masks.block_mask(scores, 0.7, (1, 1)), masks.topk_mask(scores, 0.7))
+
+
+def test_channels_go_by_the_sum_of_their_scores():
+    scores = jnp.array([[1.0, 5.0, 2.0], [4.0, 1.0, 2.0]])
+    assert masks.channel_mask(scores, 1 / 3).tolist() == [[True, True, False]] * 2
+    assert masks.channel_mask(scores, 0.5, axis=0).tolist() == [[True] * 3, [False] * 3]
+    assert masks.channel_mask(scores, 1.0).tolist() == [[False, True, False]] * 2  # one stays
+
+
+def test_mask_chooses_by_the_pattern():
+    scores = jax.random.uniform(jax.random.key(0), (8, 6))
+    for text, expected in {
+        "unstructured": masks.topk_mask(scores, 0.5),
+        "2:4": masks.nm_mask(scores, 2, 4),
+        "1:3:-1": masks.nm_mask(scores, 1, 3, -1),
+        "block:2x3": masks.block_mask(scores, 0.5, (2, 3)),
+        "block:2x3:max": masks.block_mask(scores, 0.5, (2, 3), pool="max"),
+        "channel:0": masks.channel_mask(scores, 0.5, 0),
+    }.items():
+        np.testing.assert_array_equal(masks.mask(scores, 0.5, text), expected)
+    for nothing in (0, 0.0, None, jnp.float32(0)):
+        assert masks.mask(scores, nothing, "2:4").all()
+    traced = jax.jit(lambda s: masks.mask(scores, s, "2:4"))
+    assert traced(0.0).all()
+    np.testing.assert_array_equal(traced(0.3), masks.nm_mask(scores, 2, 4))
+
+
+def test_masks_of_a_tree():
+    scores = {"a": jnp.arange(4.0), "b": jnp.arange(6.0), "none": None}
+    got = masks.masks(scores, {"a": 0.5, "b": None, "none": None})
+    assert got["a"].tolist() == [False, False, True, True]
+    assert got["b"] is None
+    assert got["none"] is None
+    assert masks.masks(scores, 0.5)["b"].tolist() == [False] * 3 + [True] * 3
+
+
+@quick
+@hypothesis.given(st.integers(0, 99), st.floats(0, 1))
+def test_global_masks_keep_the_rounded_count_and_ignore_a_common_scale(seed, sparsity):
+    rng = np.random.default_rng(seed)
+    scores = {"a": rng.uniform(size=(6, 5)).astype(np.float32), "b": rng.uniform(size=17).astype(np.float32), "n": None}
+    got = masks.global_masks(scores, sparsity)
+    assert sum(int(x.sum()) for x in jax.tree.leaves(got)) == round(47 * (1 - sparsity))
+    scaled = masks.global_masks(jax.tree.map(lambda x: 8 * x, scores), sparsity)
+    jax.tree.map(np.testing.assert_array_equal, got, scaled)
+
+
+def test_global_masks_move_the_budget_to_the_leaf_of_larger_scores_unless_normalized():
+    scores = {"large": 100 * jnp.arange(1.0, 5.0), "small": jnp.arange(1.0, 5.0)}
+    assert [int(x.sum()) for x in jax.tree.leaves(masks.global_masks(scores, 0.5))] == [4, 0]
+    assert [int(x.sum()) for x in jax.tree.leaves(masks.global_masks(scores, 0.5, normalize=True))] == [2, 2]
+
+
+@pytest.mark.parametrize("compile", [lambda fn: fn, jax.jit])
+def test_global_masks_with_a_minimum_leave_no_leaf_empty(compile):
+    """Without it the small leaf is emptied. Of 60 removed, 20 are its own; it keeps 5, so that the other loses 45."""
+    scores = {"large": jnp.arange(1.0, 81.0) + 1000, "small": jnp.arange(1.0, 21.0)}
+    plain = compile(lambda s: masks.global_masks(s, 0.6))(scores)
+    kept = compile(lambda s: masks.global_masks(s, 0.6, min_kept=5))(scores)
+    share = compile(lambda s: masks.global_masks(s, 0.6, min_kept=0.05))(scores)
+    assert not plain["small"].any()
+    assert int(kept["small"].sum()) == 5
+    assert int(kept["large"].sum()) == 35
+    assert kept["small"].tolist() == [False] * 15 + [True] * 5
+    jax.tree.map(np.testing.assert_array_equal, kept, share)
+
+
+def test_activation_keeps_the_largest_magnitudes_and_their_gradients():
+    x = jnp.array([[3.0, -4.0, 0.5, 1.0]])
+    value, pull = jax.vjp(lambda x: masks.activation(x, 0.5, "2:4:-1"), x)
+    assert value.tolist() == [[3.0, -4.0, 0.0, 0.0]]
+    assert pull(jnp.ones_like(x))[0].tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda s: masks.block_mask(s, 1.5), "sparsity=1.5"),
+        (lambda s: masks.block_mask(s, 0.5, (0, 2)), "shape=\\(0, 2\\)"),
+        (lambda s: masks.block_mask(s, 0.5, pool="men"), "did you mean 'mean'"),
+        (lambda s: masks.channel_mask(s, -0.1), "sparsity=-0.1"),
+        (lambda s: masks.channel_mask(s, 0.5, axis=2), "axis=2"),
+        (lambda s: masks.mask(s, None, "channel"), "sparsity=None"),
+        (lambda s: masks.mask(s, 0.5, "unstructurd"), "did you mean 'unstructured'"),
+        (lambda s: masks.mask(s, 1.5, "2:4"), "sparsity=1.5"),
+        (lambda s: masks.global_masks({"a": s}, 2.0), "sparsity=2.0"),
+        (lambda s: masks.global_masks({"a": s}, 0.9, min_kept=-1), "min_kept=-1"),
+        (lambda s: masks.global_masks({"a": s, "b": s}, 0.9, min_kept=5), "min_kept=5"),
+    ],
+)
+def test_what_masks_refuse(call, text):
+    with pytest.raises(ValueError, match=text):
+        call(jnp.ones((4, 4)))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from steelyard.formats import base, quantized
 from steelyard.quant import calibration
-from steelyard.sparsity import masks
+from steelyard.sparsity import masks, patterns
 from steelyard_kernels import quant_matmul
 
 
@@ -214,7 +214,7 @@ def _pack_positions(positions: Int[Array, "... rows N"], m: int) -> UInt8[Array,
 
 
 def _check_pattern(n: int, m: int) -> None:
-    masks.check_nm(n, m)
+    patterns.check_nm(n, m)
     if m > 256:
         raise ValueError(f"m={m} must be at most 256: a position is stored in a byte")
 

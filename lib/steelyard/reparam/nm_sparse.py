@@ -15,7 +15,7 @@ from steelyard import choices, formats
 from steelyard import tree as tree_lib
 from steelyard.reparam import base, masking
 from steelyard.sparsity import masks as masks_lib
-from steelyard.sparsity import schedules
+from steelyard.sparsity import patterns, schedules
 
 PyTree = Any
 
@@ -211,7 +211,7 @@ def _pack(w, n, m, axis):
 
 
 def _check_pattern(n, m, refresh_every):
-    masks_lib.check_nm(n, m)
+    patterns.check_nm(n, m)
     if n == 0:
         raise ValueError(f"n=0, m={m}: no weight would be left; n must be at least 1")
     if refresh_every < 1:

@@ -1,6 +1,7 @@
 """Schedules of sparsity: functions of the step, which may be traced.
 
 The cubic ramp: To prune, or not to prune: exploring the efficacy of pruning for model compression (2017), section 3.
+The alternation: AC/DC: alternating compressed/decompressed training of deep neural networks (2021, Peste et al.).
 The decays and the sequences of patterns: Progressive gradient flow for robust N:M sparsity training in transformers
 (2024).
 """
@@ -13,7 +14,18 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from steelyard import choices
-from steelyard.sparsity import masks
+from steelyard.sparsity import patterns
+
+__all__ = [
+    "Frame",
+    "alternating",
+    "every",
+    "exponential_decay",
+    "iterative",
+    "linear_decay",
+    "polynomial",
+    "structure_frames",
+]
 
 Step = int | Int[Array, ""]
 Schedule = Callable[[Step], Float[Array, ""]]
@@ -88,6 +100,50 @@ def every(n: int, start: int, end: int) -> Callable[[Step], Bool[Array, ""]]:
     return due
 
 
+def iterative(rate: float) -> Schedule:
+    """The sparsity after rounds that each remove the same share of what is left: 1 - (1 - rate)^round.
+
+    Args:
+      rate: removed in a round, in [0, 1]; 0.2 is usual for lottery tickets.
+
+    Returns:
+      A function of the round, which starts at 0, where everything is there.
+
+    Raises:
+      ValueError: `rate` is outside.
+    """
+    choices.require_within("rate", rate, "[0, 1]")
+    return lambda count: 1 - (1.0 - rate) ** jnp.asarray(count)
+
+
+def alternating(*, sparse_steps: int, dense_steps: int, start: int, end: int) -> Callable[[Step], Bool[Array, ""]]:
+    """Whether a step is sparse, where sparse and dense phases take turns and the last phase is sparse.
+
+    False before `start`; in [start, end) True iff (t - start) mod (sparse_steps + dense_steps) < sparse_steps; True
+    from `end` on.
+
+    Args:
+      sparse_steps: of a sparse phase.
+      dense_steps: of a dense phase.
+      start: the first step of the first sparse phase.
+      end: the first step of the last one.
+
+    Raises:
+      ValueError: a phase has no step, `start` is negative, or `end` comes before it.
+    """
+    sparse_steps = choices.require_count("sparse_steps", sparse_steps, "[1, inf)")
+    dense_steps = choices.require_count("dense_steps", dense_steps, "[1, inf)")
+    start = choices.require_count("start", start, "[0, inf)")
+    end = choices.require_count("end", end, f"[{start}, inf)")
+
+    def is_sparse(step: Step) -> Bool[Array, ""]:
+        step = jnp.asarray(step)
+        in_turn = (step - start) % (sparse_steps + dense_steps) < sparse_steps
+        return (step >= start) & (in_turn | (step >= end))
+
+    return is_sparse
+
+
 def structure_frames(
     n: int, m: int, *, kind: str, total_steps: int, dense_steps: int = 0, fine_tune_steps: int = 0, frames: int = 4
 ) -> list[Frame]:
@@ -115,7 +171,7 @@ def structure_frames(
     [(0, 7, 8), (25, 4, 8), (50, 2, 8), (75, 1, 8)]
     """
     choices.require("kind", kind, FRAME_KINDS)
-    masks.check_nm(n, m)
+    patterns.check_nm(n, m)
     if n < 1:
         raise ValueError(f"n={n}: a sequence of patterns needs at least one kept entry in a group")
     if frames < 1:
@@ -126,8 +182,8 @@ def structure_frames(
             f"dense_steps={dense_steps} and fine_tune_steps={fine_tune_steps} must be at least 0, and their sum less "
             f"than total_steps={total_steps}"
         )
-    patterns = _patterns(n, m, kind, frames)
-    return [Frame(dense_steps + i * room // len(patterns), *pattern) for i, pattern in enumerate(patterns)]
+    sequence = _patterns(n, m, kind, frames)
+    return [Frame(dense_steps + i * room // len(sequence), *pattern) for i, pattern in enumerate(sequence)]
 
 
 def _patterns(n: int, m: int, kind: str, frames: int) -> list[tuple[int, int]]:
