@@ -11,7 +11,7 @@ from absl import app
 
 from experiments import machine, rooms
 
-ROOMS = ("train", "optim", "aggregate", "losses", "data", "startup")
+ROOMS = ("train", "optim", "aggregate", "losses", "sparsity", "data", "startup")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,21 +9,12 @@ import jax.numpy as jnp
 import optax
 import tqdm
 
-from experiments import tasks
-from experiments.bench import page, timing
-from steelyard import aggregate, data, models, train
+from experiments.bench import page, settings, timing
+from steelyard import aggregate, train
 
 PyTree = Any
 _MEMORY_COUNTS = (2, 8, 16)
 _TIME_COUNTS = (2, 4, 8, 16)
-
-
-class Setting(NamedTuple):
-    """A model and what it is trained on; its examples are dealt out to K domains, which are the tasks."""
-
-    task: tasks.Task
-    params: PyTree
-    batch: PyTree
 
 
 class Rule(NamedTuple):
@@ -88,9 +79,8 @@ def rules() -> dict[str, Rule]:
 
 def bench() -> None:
     """Measures both tables, prints them and writes them to the page."""
-    settings = {"ViT": _vit(), "transformer": _transformer()}
-    memory = _memory_rows(settings)
-    times = _time_rows(_perceptron())
+    memory = _memory_rows({"ViT": settings.vit(), "transformer": settings.transformer()})
+    times = _time_rows(settings.perceptron())
     memory_header = ["model", "driver", *(f"K = {count}" for count in _MEMORY_COUNTS)]
     time_header = ["rule", *(f"K = {count}" for count in _TIME_COUNTS)]
     for row in [memory_header, *memory, time_header, *times]:
@@ -122,30 +112,6 @@ step of the model takes longer, what the rules themselves compute counts for les
 """
 
 
-def _vit() -> Setting:
-    model = models.ViT(10, patch=4, width=64, depth=2, heads=4, stem=(32,))
-    batch = next(data.batches(data.load("digits"), batch=128, seed=0))[1]
-    return _setting(tasks.classify(model), model, batch)
-
-
-def _perceptron() -> Setting:
-    model = models.MLP((512, 512, 10), flatten=True)
-    batch = next(data.batches(data.load("digits"), batch=128, seed=0))[1]
-    return _setting(tasks.classify(model), model, batch)
-
-
-def _transformer() -> Setting:
-    model = models.Transformer(256, width=128, depth=2, heads=4, mlp_width=344)
-    batch = next(data.batches(data.load("python_source", length=128), batch=32, seed=0))[1]
-    return _setting(tasks.predict_next(model), model, batch)
-
-
-def _setting(task: tasks.Task, model, batch: PyTree) -> Setting:
-    batch = jax.tree.map(jnp.asarray, batch)
-    params = jax.jit(lambda: model.init(jax.random.key(0), task.inputs(batch), train=False))()["params"]
-    return Setting(task, params, batch)
-
-
 def domains(losses: Callable, count: int) -> Callable:
     """The one loss of a task as `count` losses, of every count-th example each: their mean is the loss."""
 
@@ -157,13 +123,13 @@ def domains(losses: Callable, count: int) -> Callable:
     return split
 
 
-def _step(setting: Setting, losses: Callable, **options: Any) -> tuple[Callable, train.TrainState]:
+def _step(setting: settings.Setting, losses: Callable, **options: Any) -> tuple[Callable, train.TrainState]:
     tx = optax.adam(1e-3)
     step = jax.jit(train.make_step(setting.task.forward, losses, tx, **options), donate_argnums=0)
     return step, train.init_state(setting.params, tx, rng=jax.random.key(1), aggregator=options.get("aggregator"))
 
 
-def peak_bytes(setting: Setting, losses: Callable, **options: Any) -> int:
+def peak_bytes(setting: settings.Setting, losses: Callable, **options: Any) -> int:
     """Arguments, results and temporaries of a compiled step; donated arguments count once."""
     step, state = _step(setting, losses, **options)
     used = step.lower(state, setting.batch).compile().memory_analysis()
@@ -171,9 +137,9 @@ def peak_bytes(setting: Setting, losses: Callable, **options: Any) -> int:
     return together - used.alias_size_in_bytes
 
 
-def _memory_rows(settings: dict[str, Setting]) -> list[list[str]]:
+def _memory_rows(chosen: dict[str, settings.Setting]) -> list[list[str]]:
     rows = []
-    for name, setting in settings.items():
+    for name, setting in chosen.items():
         single = peak_bytes(setting, setting.task.losses)
         for mode in ("lean", "stacked"):
             used = [
@@ -186,7 +152,7 @@ def _memory_rows(settings: dict[str, Setting]) -> list[list[str]]:
     return rows
 
 
-def _time_rows(setting: Setting) -> list[list[str]]:
+def _time_rows(setting: settings.Setting) -> list[list[str]]:
     timings = {count: _timings(setting, count) for count in _TIME_COUNTS}
     return [
         [
@@ -197,7 +163,7 @@ def _time_rows(setting: Setting) -> list[list[str]]:
     ]
 
 
-def _timings(setting: Setting, count: int) -> dict[str, timing.Timing]:
+def _timings(setting: settings.Setting, count: int) -> dict[str, timing.Timing]:
     candidates = {}
     for name, rule in rules().items():
         if count >= rule.least:

@@ -202,6 +202,14 @@ def test_packing_is_numpys_and_undone(mask):
     np.testing.assert_array_equal(masks.unpack_bits(packed, mask.shape), mask)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((3, 16), -1), ((9, 5), 0), ((2, 3, 11), 2), ((4, 8, 3), -2)])
+def test_packing_along_an_axis_is_numpys_and_undone(shape, axis):
+    mask = np.random.default_rng(0).integers(0, 2, shape).astype(bool)
+    packed = masks.pack_bits(jnp.asarray(mask), axis)
+    np.testing.assert_array_equal(packed, np.packbits(mask, axis=axis))
+    np.testing.assert_array_equal(masks.unpack_bits(packed, shape, axis), mask)
+
+
 def test_unpacking_names_both_shapes():
     with pytest.raises(ValueError, match=r"\(1,\).*\(3, 4\).*\(2,\)"):
         masks.unpack_bits(jnp.zeros(1, jnp.uint8), (3, 4))

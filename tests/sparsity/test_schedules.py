@@ -64,6 +64,9 @@ def test_decays(rate, start):
 def test_decay_edges(decay):
     assert both_ways(decay(0.0, 2), [0, 2, 10**6]).tolist() == [1, 1, 1]
     assert both_ways(decay(math.inf, 2), [0, 1, 2, 3]).tolist() == [1, 1, 0, 0]
+    traced = jax.jit(lambda rate: decay(rate, 2)(7))
+    for rate in (0.1, math.inf):
+        np.testing.assert_allclose(traced(rate), decay(rate, 2)(7), rtol=1e-6)
     for rate in (-1.0, math.nan):
         with pytest.raises(ValueError, match="rate="):
             decay(rate)
@@ -76,6 +79,44 @@ def test_every():
         schedules.every(0, 1, 2)
     with pytest.raises(ValueError, match="start=3, end=2"):
         schedules.every(1, 3, 2)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.0, [0, 0, 0]), (0.2, [0, 0.2, 0.36]), (1.0, [0, 1, 1])])
+def test_iterative(rate, expected):
+    np.testing.assert_allclose(both_ways(schedules.iterative(rate), range(3)), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "sparse"),
+    [
+        # Two sparse steps, three dense ones; the last dense phase is cut by the end.
+        (1, 9, {1, 2, 6, 7, 9, 10, 11}),
+        (0, 0, set(range(12))),
+        (4, 5, set(range(4, 12))),
+    ],
+)
+def test_alternating(start, end, sparse):
+    schedule = schedules.alternating(sparse_steps=2, dense_steps=3, start=start, end=end)
+    assert set(np.flatnonzero(both_ways(schedule, range(12)))) == sparse
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"sparse_steps": 0}, "sparse_steps=0"),
+        ({"dense_steps": 1.5}, "dense_steps=1.5"),
+        ({"start": -1}, "start=-1"),
+        ({"end": 2}, r"end=2 must lie in \[3, inf\)"),
+    ],
+)
+def test_alternating_refuses(change, text):
+    with pytest.raises(ValueError, match=text):
+        schedules.alternating(**({"sparse_steps": 2, "dense_steps": 2, "start": 3, "end": 9} | change))
+
+
+def test_iterative_refuses():
+    with pytest.raises(ValueError, match=r"rate=1.1 must lie in \[0, 1\]"):
+        schedules.iterative(1.1)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ as minus infinity, so that it is kept only when nothing else is left. The dtype 
 selection gathers a sharded leaf (see `steelyard.selection`).
 """
 
+import math
 from typing import Any
 
 import jax
@@ -301,21 +302,31 @@ def nm_mask(scores: Num[Array, "..."], n: int, m: int, axis: int = -2) -> Bool[A
     return jax.lax.slice_in_dim(kept.reshape(padded.shape), 0, size, axis=axis)
 
 
-def pack_bits(mask: Bool[Array, "..."]) -> UInt8[Array, " bytes"]:
-    """Eight entries a byte, row-major, the first in the highest bit; the last byte is filled with zeros."""
-    return jnp.packbits(jnp.ravel(mask))
+def pack_bits(mask: Bool[Array, "..."], axis: int | None = None) -> UInt8[Array, "..."]:
+    """Eight entries a byte, the first in the highest bit; the last byte is filled with zeros.
+
+    Args:
+      mask: any shape.
+      axis: packs along this axis, ceil(length / 8) bytes long, so that a sharded mask stays cut as it is; `None` packs
+        all entries in row-major order into one row of bytes.
+    """
+    return jnp.packbits(jnp.ravel(mask) if axis is None else mask, axis=axis)
 
 
-def unpack_bits(packed: UInt8[Array, " bytes"], shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """Undoes `pack_bits` for a mask of `shape`.
+def unpack_bits(packed: UInt8[Array, "..."], shape: tuple[int, ...], axis: int | None = None) -> Bool[Array, "..."]:
+    """Undoes `pack_bits` for a mask of `shape` packed along `axis`.
 
     Raises:
-      ValueError: `packed` does not have ceil(size / 8) bytes.
+      ValueError: `packed` does not have the shape that such a mask is packed into.
     """
-    size = int(np.prod(shape))
-    if jnp.shape(packed) != (-(-size // 8),):
-        raise ValueError(f"packed has shape {jnp.shape(packed)}, but a mask of shape {shape} needs {(-(-size // 8),)}")
-    return jnp.unpackbits(packed, count=size).astype(bool).reshape(shape)
+    if axis is None:
+        expected, count = (-(-math.prod(shape) // 8),), math.prod(shape)
+    else:
+        count = shape[axis]
+        expected = tuple(-(-n // 8) if i == axis % len(shape) else n for i, n in enumerate(shape))
+    if jnp.shape(packed) != expected:
+        raise ValueError(f"packed has shape {jnp.shape(packed)}, but a mask of shape {shape} needs {expected}")
+    return jnp.unpackbits(packed, axis=axis, count=count).astype(bool).reshape(shape)
 
 
 def apply(params: PyTree, masks: PyTree) -> PyTree:

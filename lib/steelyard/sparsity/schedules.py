@@ -68,7 +68,7 @@ def linear_decay(rate: float, start: int = 0) -> Schedule:
     """clip(1 - rate * max(t - start, 0), 0, 1); an infinite rate gives 0 from `start` on.
 
     Raises:
-      ValueError: `rate` is negative.
+      ValueError: `rate` is negative, where it is not traced.
     """
     return _decay(rate, start, lambda spent: jnp.clip(1 - spent, 0, 1))
 
@@ -77,7 +77,7 @@ def exponential_decay(rate: float, start: int = 0) -> Schedule:
     """exp(-rate * max(t - start, 0)); an infinite rate gives 0 from `start` on.
 
     Raises:
-      ValueError: `rate` is negative.
+      ValueError: `rate` is negative, where it is not traced.
     """
     return _decay(rate, start, lambda spent: jnp.exp(-spent))
 
@@ -196,8 +196,11 @@ def _patterns(n: int, m: int, kind: str, frames: int) -> list[tuple[int, int]]:
 
 
 def _decay(rate: float, start: int, shape: Callable[[Float[Array, ""]], Float[Array, ""]]) -> Schedule:
-    if not rate >= 0:
-        raise ValueError(f"rate={rate}: a decay rate must be at least 0")
-    if rate == float("inf"):
-        return lambda step: jnp.where(jnp.asarray(step) >= start, 0.0, 1.0)
-    return lambda step: shape(rate * jnp.maximum(jnp.asarray(step) - start, 0).astype(float))
+    choices.require_within("rate", rate, "[0, inf]")
+
+    def decay(step: Step) -> Float[Array, ""]:
+        since = (jnp.asarray(step) - start).astype(float)
+        spent = jnp.where(since > 0, rate * since, 0)
+        return jnp.where((since >= 0) & jnp.isinf(rate), 0.0, shape(spent))
+
+    return decay
