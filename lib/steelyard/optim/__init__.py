@@ -29,6 +29,8 @@ from steelyard.optim.schedules import (
     refined_schedule_values,
     rewarmed_cosine_schedule,
 )
+from steelyard.optim.soft_shrinkage import SoftShrinkageState
+from steelyard.optim.soft_shrinkage import soft_shrinkage as soft_shrinkage
 from steelyard.optim.sparse import DecayGradientFlowState, decay_gradient_flow
 from steelyard.optim.sparse import sparse as sparse
 from steelyard.optim.stochastic_rounding import StochasticRoundingState
@@ -44,6 +46,7 @@ __all__ = [
     "GradNormLowRankState",
     "HalpernResult",
     "LowBitState",
+    "SoftShrinkageState",
     "StochasticRoundingState",
     "adamp",
     "adapt_regime",
@@ -77,6 +80,7 @@ __all__ = [
     "scale_by_adamp",
     "scale_by_sgdp",
     "sgdp",
+    "soft_shrinkage",
     "sparse",
     "stochastic_rounding",
     "tangent_projection",
