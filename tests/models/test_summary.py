@@ -42,3 +42,9 @@ def test_a_packed_weight_counts_as_stored():
 
 def test_an_empty_tree():
     assert cells(models.table({}))[1:] == [["total", "0", "0"]]
+
+
+def test_flops_of_a_product():
+    x, kernel = jax.ShapeDtypeStruct((3, 4), jnp.float32), jax.ShapeDtypeStruct((4, 5), jnp.float32)
+    # A multiplication and an addition for each of 3 * 4 * 5 triples.
+    assert models.flops(jnp.matmul, x, kernel) == 2 * 3 * 4 * 5

@@ -62,6 +62,20 @@ def require_positive(**values: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
+def per_layer(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """A width for each of `count` layers: the one number for all, or the given ones.
+
+    Raises:
+      ValueError: a number below 1, or another number of them.
+    """
+    widths = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    if len(widths) != count:
+        raise ValueError(f"{name} must be one number, or {count}, one for each layer; got {value!r}.")
+    if min(widths) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}.")
+    return widths
+
+
 def require_fraction(**values: float) -> None:
     """Raises a `ValueError` that names the first argument outside [0, 1)."""
     for name, value in values.items():

@@ -1,7 +1,9 @@
-"""A table of the parameters of a model: path, shape, storage, count and bytes."""
+"""What a model costs: a table of its parameters (path, shape, storage, count and bytes), and its operations."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from steelyard import formats
@@ -44,3 +46,16 @@ def _align(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(
         "  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)) for row in rows
     )
+
+
+def flops(apply_fn: Callable[..., Any], *args: Any) -> float:
+    """Floating-point operations of a function, a multiply-add being two, as the compiler counts them.
+
+    The function is compiled for the default device and not run. What it does per example is this over the batch size.
+    Operations of kernels that the compiler does not look into (Pallas, library calls) are not counted.
+
+    Args:
+      apply_fn: a function of arrays, such as `model.apply`.
+      *args: its arguments, arrays or shapes.
+    """
+    return float(jax.jit(apply_fn).lower(*args).compile().cost_analysis().get("flops", 0.0))

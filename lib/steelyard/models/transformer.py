@@ -4,6 +4,7 @@ LLaMA: Open and Efficient Foundation Language Models (Touvron et al., 2023), sec
 Transformer (Shazeer, 2020) for SwiGLU.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -49,7 +50,7 @@ class Transformer(nn.Module):
 
     Parameters, with width d, block b in 0..depth-1:
       `embed/embedding` [vocab_size, d];
-      `block_b/attention_norm/scale`, `block_b/attention/{query,key,value,out}/kernel` [d, d];
+      `block_b/attention_norm/scale`, `block_b/attention/{query,key,value,out}/kernel` of `SelfAttention`;
       `block_b/mlp_norm/scale`, `block_b/mlp/{gate,up}/kernel` [d, mlp_width], `block_b/mlp/down/kernel`;
       `norm/scale`, and unless `tied` `logits/kernel` [d, vocab_size].
 
@@ -57,32 +58,34 @@ class Transformer(nn.Module):
       vocab_size: number of tokens.
       width: features of a token.
       depth: number of blocks.
-      heads: attention heads; divides the width into an even number of features a head.
-      mlp_width: hidden width of SwiGLU; about 8/3 of the width costs as much as a plain perceptron of 4 times it.
+      heads: attention heads, one number for all blocks or one for each.
+      mlp_width: hidden width of SwiGLU, one number for all blocks or one for each; about 8/3 of the width costs as much
+        as a plain perceptron of 4 times it.
       tied: whether the output layer is the embedding's transpose.
       rotary_base: see `rotary`.
       dropout: share of features of each branch set to zero in training, in [0, 1).
       dtype: dtype of the computation; `None` takes that of the parameters. The output layer is always float32.
       param_dtype: dtype of new parameters.
+      head_dim: features of a head, even; `None`: width / heads, with one number of heads that divides the width.
     """
 
     vocab_size: int
     width: int = 128
     depth: int = 4
-    heads: int = 4
-    mlp_width: int = 344
+    heads: int | Sequence[int] = 4
+    mlp_width: int | Sequence[int] = 344
     tied: bool = False
     rotary_base: float = 10000.0
     dropout: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    head_dim: int | None = None
 
     def __post_init__(self):
-        names = ("vocab_size", "width", "depth", "heads", "mlp_width")
-        layers.require_positive(**{name: getattr(self, name) for name in names})
+        layers.require_positive(**{name: getattr(self, name) for name in ("vocab_size", "width", "depth")})
         layers.require_fraction(dropout=self.dropout)
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width must be a multiple of 2 * heads = {2 * self.heads}, got width={self.width}.")
+        layers.per_layer("mlp_width", self.mlp_width, self.depth)
+        attention.check_heads(self.heads, self.head_dim, self.width, self.depth, even=True)
         super().__post_init__()
 
     @nn.compact
@@ -99,9 +102,11 @@ class Transformer(nn.Module):
         embed = layers.Embed(self.vocab_size, self.width, name="embed", **types)
         mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
         x = embed(tokens)
+        heads = layers.per_layer("heads", self.heads, self.depth)
+        hidden = layers.per_layer("mlp_width", self.mlp_width, self.depth)
         for i in range(self.depth):
-            block = _Block(self.heads, self.mlp_width, self.rotary_base, self.dropout, name=f"block_{i}", **types)
-            x = block(x, positions, mask, train=train)
+            name, sizes = f"block_{i}", (heads[i], self.head_dim, hidden[i])
+            x = _Block(*sizes, self.rotary_base, self.dropout, name=name, **types)(x, positions, mask, train=train)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         x = norms.RMSNorm(name="norm", dtype=wide, param_dtype=self.param_dtype)(x)
         if self.tied:
@@ -113,6 +118,7 @@ class _Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     heads: int
+    head_dim: int | None
     mlp_width: int
     rotary_base: float
     dropout: float
@@ -123,7 +129,8 @@ class _Block(nn.Module):
     def __call__(self, x, positions, mask, *, train):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        attend = attention.SelfAttention(self.heads, True, self.rotary_base, False, name="attention", **types)
+        options = {"head_dim": self.head_dim, "name": "attention", **types}
+        attend = attention.SelfAttention(self.heads, True, self.rotary_base, False, **options)
         x = x + drop(attend(norms.RMSNorm(name="attention_norm", **types)(x), positions=positions, mask=mask))
         y = norms.RMSNorm(name="mlp_norm", **types)(x)
         return x + drop(SwiGLU(self.mlp_width, name="mlp", **types)(y))

@@ -30,7 +30,7 @@ class ViT(nn.Module):
     Parameters, with width d, T = (H / patch) (W / patch) tokens, block b in 0..depth-1:
       `stem_0/{kernel,bias}` [3, 3, C, stem[0]], `stem_1/...`;
       `patch/{kernel,bias}` [patch patch stem[-1], d], `position` [1, T, d];
-      `block_b/attention_norm/{scale,bias}`, `block_b/attention/{query,key,value,out}/{kernel,bias}` [d, d];
+      `block_b/attention_norm/{scale,bias}`, `block_b/attention/...` of `SelfAttention`;
       `block_b/mlp_norm/{scale,bias}`, `block_b/mlp/up/{kernel,bias}` [d, mlp_width], `block_b/mlp/down/...`;
       `norm/{scale,bias}`, `logits/{kernel,bias}`, `reconstruction/{kernel,bias}` [d, patch patch C].
 
@@ -39,33 +39,34 @@ class ViT(nn.Module):
       patch: side of a token's square patch, in pixels.
       width: features of a token.
       depth: number of blocks.
-      heads: attention heads; divides the width.
-      mlp_width: hidden width of a block's perceptron.
+      heads: attention heads, one number for all blocks or one for each.
+      mlp_width: hidden width of a block's perceptron, one number for all blocks or one for each.
       stem: channels of the 3x3 convolutions before the patches are cut, at full resolution; empty for none.
       reconstruct: whether there is a reconstruction head.
       dropout: share of features of each branch set to zero in training, in [0, 1).
       dtype: dtype of the computation; `None` takes the result type of input and parameters.
       param_dtype: dtype of new parameters.
+      head_dim: features of a head; `None`: width / heads, with one number of heads that divides the width.
     """
 
     num_classes: int
     patch: int = 2
     width: int = 64
     depth: int = 4
-    heads: int = 4
-    mlp_width: int = 128
+    heads: int | Sequence[int] = 4
+    mlp_width: int | Sequence[int] = 128
     stem: Sequence[int] = (16, 32)
     reconstruct: bool = False
     dropout: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    head_dim: int | None = None
 
     def __post_init__(self):
-        names = ("num_classes", "patch", "width", "depth", "heads", "mlp_width")
-        layers.require_positive(**{name: getattr(self, name) for name in names})
+        layers.require_positive(**{name: getattr(self, name) for name in ("num_classes", "patch", "width", "depth")})
         layers.require_fraction(dropout=self.dropout)
-        if self.width % self.heads:
-            raise ValueError(f"heads must divide width={self.width}, got heads={self.heads}.")
+        layers.per_layer("mlp_width", self.mlp_width, self.depth)
+        attention.check_heads(self.heads, self.head_dim, self.width, self.depth)
         super().__post_init__()
 
     @nn.compact
@@ -80,8 +81,11 @@ class ViT(nn.Module):
             self, "position", nn.initializers.normal(POSITION_STDDEV), (1, *x.shape[1:]), self.param_dtype
         )
         x = x + position.astype(x.dtype)
+        heads = layers.per_layer("heads", self.heads, self.depth)
+        hidden = layers.per_layer("mlp_width", self.mlp_width, self.depth)
         for i in range(self.depth):
-            x = _Block(self.heads, self.mlp_width, self.dropout, name=f"block_{i}", **types)(x, train=train)
+            block = _Block(heads[i], self.head_dim, hidden[i], self.dropout, name=f"block_{i}", **types)
+            x = block(x, train=train)
         x = nn.LayerNorm(name="norm", dtype=jnp.promote_types(x.dtype, jnp.float32))(x)
         return self._heads(x, images.shape)
 
@@ -98,6 +102,7 @@ class _Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     heads: int
+    head_dim: int | None
     mlp_width: int
     dropout: float
     dtype: Any
@@ -108,7 +113,7 @@ class _Block(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         drop = nn.Dropout(self.dropout, deterministic=not train)
         y = nn.LayerNorm(name="attention_norm", **types)(x)
-        x = x + drop(attention.SelfAttention(self.heads, name="attention", **types)(y))
+        x = x + drop(attention.SelfAttention(self.heads, head_dim=self.head_dim, name="attention", **types)(y))
         y = nn.LayerNorm(name="mlp_norm", **types)(x)
         return x + drop(_FeedForward(self.mlp_width, name="mlp", **types)(y))
 
