@@ -73,6 +73,7 @@ from steelyard.losses.ordinal import (
     to_differences,
 )
 from steelyard.losses.overlap import simpson_gap, soft_counts, soft_dice_loss, soft_tversky_loss
+from steelyard.losses.ranking_hinge import ranking_hinge
 from steelyard.losses.regression import (
     amplify,
     bin_targets,
@@ -180,6 +181,7 @@ __all__ = [
     "pseudo_huber_delta",
     "pseudo_huber_delta_snr",
     "quantile_edges",
+    "ranking_hinge",
     "regression_with_classification",
     "relu_normalize",
     "rescaled_square_loss",
