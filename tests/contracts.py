@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from steelyard import aggregate, examples, losses, optim, precision, reparam
+from steelyard import aggregate, examples, losses, optim, precision, reparam, sparsity
+from steelyard import tree as tree_lib
 
 PyTree = Any
 
 ROOMS = {"optim": optim, "aggregate": aggregate, "losses": losses, "examples": examples, "reparam": reparam}
+ROOMS |= {f"sparsity.{name}": getattr(sparsity, name) for name in sparsity.__all__}
 
 CONTRACTS = {
     "jit": "jit gives what running op by op gives",
@@ -287,6 +289,38 @@ def _everywhere(path, leaf) -> bool:
     return True
 
 
+def _nowhere(path, leaf) -> bool:
+    del path, leaf
+    return False
+
+
+def _columns(params):
+    """A group for the output channels of each leaf that has any."""
+    return [
+        sparsity.channels.ChannelGroup(path, x.shape[-1], (sparsity.channels.Member(path, -1),))
+        for path, x in tree_lib.flatten(params)
+        if x.ndim
+    ]
+
+
+def _without_columns(params, grads):
+    columns = zip(_columns(params), (g for g in jax.tree.leaves(grads) if g.ndim), strict=True)
+    keep = {group: jnp.sum(g, axis=tuple(range(g.ndim - 1))) > 0 for group, g in columns}
+    return sparsity.masks.apply(params, sparsity.channels.mask_tree(params, keep))
+
+
+def _pst_weight():
+    """Factors of a matrix from parts of another."""
+
+    def fn(w, g):
+        return reparam.pst_weight(w, g[:, :2], g[:2], g[:, 2:], g[2:4], g[:, 0], g[0], 0.5)
+
+    return fn
+
+
+_NEEDS_KERNELS = {"scalar": "nothing to prune is an error", "empty": "nothing to prune is an error"}
+
+
 def _masks(params):
     return jax.tree.map(lambda p: p > 0, params)
 
@@ -411,6 +445,39 @@ def _spsa_round(params, grads):
     del grads
     codes = jnp.asarray([[64, 0], [190, 70]], jnp.uint8)
     return aggregate.spsa_round(params, jax.random.key(0), 1, codes, learning_rate=0.1)
+
+
+def _uncalibrated(p, g):
+    options = dict(hessian=True, products=True, grad_squares=True)
+    return sparsity.calibration.init({"kernel": p}, {"inputs": g.T}, **options)
+
+
+def _calibrated(p, g):
+    params, grads = {"kernel": p}, {"kernel": g}
+    return sparsity.calibration.update(_uncalibrated(p, g), {"inputs": g.T}, params=params, grads=grads)
+
+
+def _scored(score):
+    return lambda params, grads: score(lambda p: _loss(p, grads), params)
+
+
+def _flow(params, inputs):
+    """Differs from zero in every parameter."""
+    return _total(lambda p, x: x * jnp.tanh(p), params, inputs)
+
+
+def _disturbed(params, grads):
+    return sparsity.scores.disturbed_loss(lambda p: _loss(p, grads), jnp.float32(1), jax.random.key(0))(params)
+
+
+def _zeroth_order(params, grads):
+    # So far apart that the difference keeps its digits.
+    return sparsity.scores.zeroth_order(lambda p: _loss(p, grads), params, jax.random.key(0), eps=1.0)
+
+
+def _sparse_average(params, grads):
+    masks = _masks(grads)
+    return sparsity.soup.sparse_average([sparsity.masks.apply(x, masks) for x in (params, grads)], masks)
 
 
 def _noisy_counts(p, g):
@@ -651,6 +718,7 @@ ENTRIES = [
     a_type("optim.GradNormLowRankState"),
     a_type("optim.HalpernResult"),
     a_type("optim.LowBitState"),
+    a_type("optim.SoftShrinkageState"),
     a_type("optim.StochasticRoundingState"),
     transform("optim.adamp", lambda: optim.adamp(0.1, weight_decay=0.1)),
     host("optim.adapt_regime", "numbers to numbers"),
@@ -694,6 +762,7 @@ ENTRIES = [
     transform("optim.scale_by_adamp", lambda: optim.scale_by_adamp(weight_decay=0.1)),
     transform("optim.scale_by_sgdp", lambda: optim.scale_by_sgdp(weight_decay=0.1)),
     transform("optim.sgdp", lambda: optim.sgdp(0.1, weight_decay=0.1)),
+    transform("optim.soft_shrinkage", lambda: optim.soft_shrinkage(0.5, where=_everywhere)),
     wrapper("optim.sparse", optim.sparse, extra=lambda params: {"masks": _masks(params)}),
     transform(
         "optim.stochastic_rounding",
@@ -916,6 +985,7 @@ ENTRIES = [
     schedule("losses.pseudo_huber_delta", lambda: functools.partial(losses.pseudo_huber_delta, total=10)),
     array("losses.pseudo_huber_delta_snr", lambda: lambda p, g: losses.pseudo_huber_delta_snr(jax.nn.sigmoid(g))),
     host("losses.quantile_edges", "as many numbers as the targets allow"),
+    batch_loss("losses.ranking_hinge", lambda: losses.ranking_hinge, targets="binary", per_anchor=False),
     loss("losses.regression_with_classification", lambda: _binned),
     array("losses.relu_normalize", lambda: lambda p, g: losses.relu_normalize(g)),
     loss("losses.rescaled_square_loss", lambda: losses.rescaled_square_loss),
@@ -1001,6 +1071,7 @@ ENTRIES = [
     array("examples.trilateral_features", lambda: _features),
     # reparam
     a_type("reparam.Curve"),
+    a_type("reparam.Factors"),
     a_type("reparam.Reparam"),
     a_type("reparam.WeightNormed"),
     reparameterization(
@@ -1011,6 +1082,11 @@ ENTRIES = [
         lambda: reparam.chain(reparam.masked(_masks), reparam.fake_quant("int8", where=_everywhere)),
     ),
     leafwise("reparam.compand", lambda: lambda p, g: reparam.compand(p), like_params=True),
+    reparameterization(
+        "reparam.dynamic_sparse",
+        lambda: reparam.dynamic_sparse("uniform", sparsity=0.5, grow="momentum", every=1, end=9),
+        excuses=_NEEDS_KERNELS,
+    ),
     leafwise("reparam.expand", lambda: lambda p, g: reparam.expand(p), like_params=True),
     reparameterization("reparam.fake_quant", lambda: reparam.fake_quant("int8", where=_everywhere)),
     reparameterization("reparam.identity", reparam.identity),
@@ -1019,6 +1095,13 @@ ENTRIES = [
     reparameterization("reparam.masked", lambda: reparam.masked(_masks, backward="chain")),
     reparameterization("reparam.nm_sparse", lambda: reparam.nm_sparse(2, 4, where=_everywhere)),
     reparameterization("reparam.only", lambda: reparam.only(reparam.masked(_masks), _everywhere)),
+    reparameterization(
+        "reparam.pruned",
+        lambda: reparam.pruned(0.5, score="saliency", backward="chain"),
+        excuses=_NEEDS_KERNELS,
+    ),
+    reparameterization("reparam.pst", lambda: reparam.pst(0.5, rank=2, mask_rank=1)),
+    array("reparam.pst_weight", _pst_weight),
     leafwise("reparam.soft_masked", lambda: lambda p, g: reparam.soft_masked(p, p > 0, 0.5), like_params=True),
     leafwise("reparam.sr_ste", lambda: lambda p, g: reparam.sr_ste(p, p > 0), like_params=True),
     leafwise("reparam.straight_through", lambda: lambda p, g: reparam.straight_through(p, p > 0), like_params=True),
@@ -1027,4 +1110,186 @@ ENTRIES = [
     array("reparam.weight_norm_data_init", lambda: reparam.weight_norm_data_init),
     array("reparam.weight_norm_merge", lambda: lambda p, g: reparam.weight_norm_merge(p, g[:1])),
     array("reparam.weight_norm_split", lambda: lambda p, g: reparam.weight_norm_split(g)),
+    # sparsity.allocation
+    host("sparsity.allocation.coarse_to_fine", "NumPy, before training"),
+    array(
+        "sparsity.allocation.distortion_curves",
+        lambda: lambda p, g: sparsity.allocation.distortion_curves(lambda w, x: x.T @ w, p, g, (0.0, 0.5)),
+    ),
+    host("sparsity.allocation.erdos_renyi", "shapes to Python numbers"),
+    host("sparsity.allocation.lamp", "counts of concrete arrays as Python numbers"),
+    array(
+        "sparsity.allocation.minimum_kept",
+        lambda: lambda p, g: sparsity.allocation.minimum_kept(jnp.abs(jnp.tanh(g[0])), (9, 8, 7, 6), 0.5, 3),
+    ),
+    host("sparsity.allocation.rate_distortion", "NumPy, before training"),
+    host("sparsity.allocation.uniform", "shapes to Python numbers"),
+    host("sparsity.allocation.uniform_plus", "shapes to Python numbers"),
+    array(
+        "sparsity.allocation.water_fill",
+        lambda: lambda p, g: sparsity.allocation.water_fill(jnp.abs(g[0]), jnp.abs(p[0]), 0.5),
+    ),
+    # sparsity.calibration
+    a_type("sparsity.calibration.Statistics"),
+    a_type("sparsity.calibration.Window"),
+    host("sparsity.calibration.collect", "it takes batches one after the other from Python; its step is `update`"),
+    array("sparsity.calibration.hessian", lambda: lambda p, g: sparsity.calibration.hessian(_calibrated(p, g))),
+    array("sparsity.calibration.init", lambda: lambda p, g: _uncalibrated(p, g)),
+    array("sparsity.calibration.input_norm", lambda: lambda p, g: sparsity.calibration.input_norm(_calibrated(p, g))),
+    tree(
+        "sparsity.calibration.map_kernels",
+        lambda: lambda p, g: sparsity.calibration.map_kernels(lambda w, x: w * x, p, g),
+        like_params=True,
+    ),
+    array("sparsity.calibration.update", lambda: _calibrated),
+    # sparsity.channels
+    a_type("sparsity.channels.ChannelGroup"),
+    a_type("sparsity.channels.Member"),
+    host("sparsity.channels.as_masks", "indices to masks, between training runs"),
+    host("sparsity.channels.blocked", "reads a traced program"),
+    host("sparsity.channels.describe", "gives text to print"),
+    host("sparsity.channels.drop_schedule", "SciPy, before pruning"),
+    host("sparsity.channels.infer", "reads a traced program"),
+    tree("sparsity.channels.mask_tree", lambda: _without_columns, like_params=True),
+    host("sparsity.channels.performance_aware", "goes on with a group or not as losses say"),
+    array(
+        "sparsity.channels.score",
+        lambda: lambda p, g: sparsity.channels.score(jnp.abs(g), _columns(p)[0], combine="sum", normalize="l2"),
+    ),
+    host("sparsity.channels.select", "how many channels stay becomes a shape"),
+    host("sparsity.channels.shrink", "shapes change"),
+    host("sparsity.channels.shrink_state", "shapes change"),
+    # sparsity.dynamic
+    tree(
+        "sparsity.dynamic.prune_and_grow",
+        lambda: lambda p, g: sparsity.dynamic.prune_and_grow(_masks(p), jax.tree.map(jnp.abs, p), g, 0.5),
+    ),
+    # sparsity.gating
+    array(
+        "sparsity.gating.channel_saliency", lambda: lambda p, g: sparsity.gating.channel_saliency(g.reshape(4, 2, 4))
+    ),
+    array("sparsity.gating.mass_mask", lambda: lambda p, g: sparsity.gating.mass_mask(jnp.abs(g), 0.5)),
+    array("sparsity.gating.predictor_loss", lambda: lambda p, g: sparsity.gating.predictor_loss(p, g > 0)),
+    array("sparsity.gating.top_mask", lambda: lambda p, g: sparsity.gating.top_mask(jnp.abs(g), 0.5)),
+    # sparsity.layers
+    host("sparsity.layers.lowest_blocks", "the indices decide which parameters there are"),
+    tree(
+        "sparsity.layers.remove_blocks",
+        lambda: lambda p, g: sparsity.layers.remove_blocks(p, [_everywhere, _nowhere], (1,)),
+        like_params=True,
+    ),
+    tree("sparsity.layers.score_blocks", lambda: lambda p, g: sparsity.layers.score_blocks(g, [_everywhere, _nowhere])),
+    # sparsity.lottery
+    a_type("sparsity.lottery.Ticket"),
+    array("sparsity.lottery.accept", lambda: lambda p, g: sparsity.lottery.accept(p, g, 0.1)),
+    host("sparsity.lottery.iterative_pruning", "a loop of trainings in Python"),
+    tree(
+        "sparsity.lottery.random_search",
+        lambda: (
+            lambda p, g: sparsity.lottery.random_search(
+                lambda q: _loss(q, g), p, _columns(p), density=0.5, trials=2, rng=jax.random.key(0)
+            )
+        ),
+    ),
+    tree("sparsity.lottery.rewind", lambda: lambda p, g: sparsity.lottery.rewind(p, _masks(g)), like_params=True),
+    # sparsity.masks
+    leafwise("sparsity.masks.activation", lambda: lambda p, g: sparsity.masks.activation(p, 0.5), like_params=True),
+    tree("sparsity.masks.apply", lambda: lambda p, g: sparsity.masks.apply(p, _masks(g)), like_params=True),
+    array("sparsity.masks.block_mask", lambda: lambda p, g: sparsity.masks.block_mask(g, 0.5, (3, 2))),
+    array("sparsity.masks.channel_mask", lambda: lambda p, g: sparsity.masks.channel_mask(g, 0.5)),
+    tree("sparsity.masks.global_masks", lambda: lambda p, g: sparsity.masks.global_masks(g, 0.5)),
+    array("sparsity.masks.mask", lambda: lambda p, g: sparsity.masks.mask(g, 0.5, "block:2x2")),
+    tree("sparsity.masks.masks", lambda: lambda p, g: sparsity.masks.masks(g, 0.5)),
+    leafwise("sparsity.masks.overlap", lambda: lambda p, g: sparsity.masks.overlap({"leaf": p > 0}, {"leaf": g > 0})),
+    array("sparsity.masks.nm_mask", lambda: lambda p, g: sparsity.masks.nm_mask(g, 2, 4)),
+    leafwise("sparsity.masks.pack_bits", lambda: lambda p, g: sparsity.masks.pack_bits(g > 0)),
+    host("sparsity.masks.summarize", "counts of concrete arrays as Python numbers"),
+    leafwise("sparsity.masks.topk_mask", lambda: lambda p, g: sparsity.masks.topk_mask(g, 0.5)),
+    array("sparsity.masks.topk_mask_along", lambda: lambda p, g: sparsity.masks.topk_mask_along(g, 0.5)),
+    leafwise(
+        "sparsity.masks.unpack_bits",
+        lambda: lambda p, g: sparsity.masks.unpack_bits(sparsity.masks.pack_bits(g > 0), g.shape),
+        excuses={"sharding": "a row of bytes has no axes along which the mask could stay cut"},
+    ),
+    # sparsity.patterns
+    a_type("sparsity.patterns.Block"),
+    a_type("sparsity.patterns.Channel"),
+    a_type("sparsity.patterns.NM"),
+    a_type("sparsity.patterns.Unstructured"),
+    host("sparsity.patterns.parse", "a text to a pattern"),
+    # sparsity.retrain
+    array(
+        "sparsity.retrain.masked_lora_weight",
+        lambda: lambda p, g: sparsity.retrain.masked_lora_weight(p, g[:, :2], g[:2]),
+    ),
+    array(
+        "sparsity.retrain.scaled_lora_weight",
+        lambda: lambda p, g: sparsity.retrain.scaled_lora_weight(p, g[:, :2], g[:2]),
+    ),
+    host("sparsity.retrain.trainable", "paths to labels, in Python"),
+    # sparsity.schedules
+    a_type("sparsity.schedules.Frame"),
+    schedule(
+        "sparsity.schedules.alternating",
+        lambda: sparsity.schedules.alternating(sparse_steps=2, dense_steps=1, start=0, end=9),
+    ),
+    schedule("sparsity.schedules.every", lambda: sparsity.schedules.every(2, 1, 9)),
+    schedule("sparsity.schedules.exponential_decay", lambda: sparsity.schedules.exponential_decay(0.1)),
+    schedule("sparsity.schedules.iterative", lambda: sparsity.schedules.iterative(0.2)),
+    schedule("sparsity.schedules.linear_decay", lambda: sparsity.schedules.linear_decay(0.1)),
+    schedule("sparsity.schedules.polynomial", lambda: sparsity.schedules.polynomial(0.9, start=1, end=9)),
+    host("sparsity.schedules.structure_frames", "step counts to step counts"),
+    # sparsity.scores
+    tree("sparsity.scores.disturbed_loss", lambda: _disturbed),
+    tree(
+        "sparsity.scores.dual_gradient",
+        lambda: lambda p, g: sparsity.scores.dual_gradient(g, p, learning_rate=1.0),
+        like_params=True,
+    ),
+    tree("sparsity.scores.fisher", lambda: sparsity.scores.fisher, like_params=True),
+    tree("sparsity.scores.grasp", lambda: _scored(sparsity.scores.grasp), like_params=True),
+    tree(
+        "sparsity.scores.lamp",
+        lambda: lambda p, g: sparsity.scores.lamp(g, where=_everywhere),
+        like_params=True,
+        excuses={"sharding": "the sort of a leaf gathers it"},
+    ),
+    array(
+        "sparsity.scores.lora",
+        lambda: lambda p, g: sparsity.scores.lora(p, g[:, :2], g[:2], p[:, :2], p[:2]),
+        like_params=True,
+    ),
+    tree("sparsity.scores.magnitude", lambda: lambda p, g: sparsity.scores.magnitude(g), like_params=True),
+    tree("sparsity.scores.magnitude_increase", lambda: sparsity.scores.magnitude_increase, like_params=True),
+    tree("sparsity.scores.movement", lambda: sparsity.scores.movement, like_params=True),
+    array(
+        "sparsity.scores.obs",
+        lambda: lambda p, g: sparsity.scores.obs(p, g @ g.T + jnp.eye(len(g)), damping=0.0),
+        like_params=True,
+    ),
+    tree("sparsity.scores.prefer", lambda: lambda p, g: sparsity.scores.prefer(g, _masks(p)), like_params=True),
+    tree(
+        "sparsity.scores.random",
+        lambda: lambda p, g: sparsity.scores.random(g, jax.random.key(0)),
+        like_params=True,
+        excuses={
+            "dtype": "draws in half precision would often be equal, and the lower index would be kept",
+            "sharding": "they depend on no parameter, so that they are drawn where they are used",
+        },
+    ),
+    tree("sparsity.scores.saliency", lambda: sparsity.scores.saliency, like_params=True),
+    tree("sparsity.scores.snip", lambda: _scored(sparsity.scores.snip), like_params=True),
+    tree(
+        "sparsity.scores.synflow",
+        lambda: lambda p, g: sparsity.scores.synflow(_flow, p, g),
+        like_params=True,
+        excuses={"dtype": "the flow grows with every layer: it is kept in float32 at least"},
+    ),
+    tree("sparsity.scores.taylor", lambda: sparsity.scores.taylor, like_params=True),
+    array("sparsity.scores.wanda", lambda: lambda p, g: sparsity.scores.wanda(p, g[:, 0]), like_params=True),
+    tree("sparsity.scores.zeroth_order", lambda: _zeroth_order),
+    # sparsity.soup
+    a_type("sparsity.soup.Soup"),
+    tree("sparsity.soup.sparse_average", lambda: _sparse_average, like_params=True),
+    host("sparsity.soup.sparse_soups", "a loop of trainings in Python"),
 ]

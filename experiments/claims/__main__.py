@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from experiments import machine, rooms
 from experiments.claims import harness, report
 
-ROOMS = ("quickstart", "optim", "aggregate", "losses")
+ROOMS = ("quickstart", "optim", "aggregate", "losses", "sparsity")
 _ONLY = flags.DEFINE_string("only", None, "Regular expression: measure these claims alone, print them, record nothing.")
 _FRESH = flags.DEFINE_bool("fresh", False, "Forget what an unfinished run has measured already.")
 _FOLDER = flags.DEFINE_string("folder", "runs/claims", "Where an unfinished run keeps what it has measured.")

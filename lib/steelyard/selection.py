@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Num, UInt
+from jaxtyping import Array, Bool, Float, Int, Num, UInt
 
 PyTree = Any
 
@@ -97,6 +97,22 @@ def top_mask(
     local = functools.partial(_top, mesh=mesh, specs=places)
     masks = jax.shard_map(local, mesh=mesh, in_specs=(list(places), jax.P()), out_specs=list(places))(leaves, k)
     return jax.tree.unflatten(treedef, masks)
+
+
+def among(scores: Num[Array, "..."], eligible: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """Scores in which every eligible entry, whatever its score, comes before all others.
+
+    Args:
+      scores: of any real dtype; NaN of an eligible entry is the least of them, and ties with minus infinity.
+      eligible: of the same shape.
+
+    >>> among(jnp.array([-jnp.inf, 2.0, 3.0]), jnp.array([True, True, False])).tolist()[1:]
+    [2.0, -inf]
+    """
+    scores = jnp.asarray(scores)
+    scores = scores if jnp.issubdtype(scores.dtype, jnp.floating) else scores.astype(jnp.float32)
+    lowest = jnp.finfo(scores.dtype).min
+    return jnp.where(eligible, jnp.where(scores >= lowest, scores, lowest), -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames="axis")
@@ -193,7 +209,7 @@ def _digits(holds: Callable[[Array], Array], bits: int, width: int, start: Array
     rounds = -(-bits // width)
 
     def one_round(i, found):
-        shift = ((rounds - 1 - i) * width).astype(dtype)
+        shift = jnp.asarray((rounds - 1 - i) * width, dtype)
         digit = sum(holds(found + (jnp.array(j, dtype) << shift)).astype(dtype) for j in range(1, 1 << width))
         return found + (digit << shift)
 

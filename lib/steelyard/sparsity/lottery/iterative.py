@@ -169,19 +169,13 @@ def best_scored(score_tree: PyTree, masks: PyTree, kept: list[int] | int) -> PyT
       ValueError: a score does not have the shape of its mask.
     """
     _check_shapes("score", score_tree, masks)
-    candidates = jax.tree.map(_candidates, masks, score_tree, is_leaf=_is_none)
+    candidates = jax.tree.map(
+        lambda mask, x: None if mask is None else selection.among(x, mask), masks, score_tree, is_leaf=_is_none
+    )
     if not isinstance(kept, list):
         return selection.top_mask(candidates, kept)
     leaves, structure = jax.tree.flatten(candidates)
     return structure.unflatten([selection.keep_largest(x, k) for x, k in zip(leaves, kept, strict=True)])
-
-
-def _candidates(mask: Any, x: Any) -> Any:
-    """Minus infinity for what is removed; survivors are above it, or they might lose a tie with a removed entry."""
-    if mask is None:
-        return None
-    low = jnp.finfo(x.dtype).min
-    return jnp.where(mask, jnp.nan_to_num(x, nan=low, posinf=jnp.inf, neginf=low), -jnp.inf)
 
 
 def _rates(params, chosen, rate, scope, output, output_rate) -> list[float]:
