@@ -1,6 +1,7 @@
 """Pruning while training: masks step by step against NumPy, and what is seen, projected and stored."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from steelyard import formats, optim, reparam, train
-from steelyard.sparsity import masks, schedules
+from steelyard.sparsity import masks, schedules, scores
 from tests.reparam.conftest import best
 
 # `test_trains_sparse` compiles what the other tests run in Python.
@@ -111,7 +112,7 @@ def test_one_shot(start):
     ("score", "formula"),
     [
         ("saliency", lambda w, g: np.abs(w * g)),
-        ("movement", lambda w, g: -w * g),
+        (scores.movement, lambda w, g: -w * g),
         (lambda params, grads, rng: None if grads is None else grads, lambda w, g: g),
     ],
 )
@@ -253,11 +254,34 @@ def test_trains_sparse():
     assert masks.summarize(link.finish(state.params, state.reparam_state))["b"] == 0.75
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_lie_like_their_leaves_and_nothing_is_gathered(packed):
+    """Eight devices cut the output axis of 128 entries, so that each has two whole bytes of every row of the mask."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.NamedSharding(mesh, jax.P(None, "data"))
+    link = reparam.pruned(0.5, packed=packed, every=1)
+
+    def step(stored, state):
+        seen, pull = jax.vjp(lambda s: link.apply(s, state, step=0, rng=None, train=True), stored)
+        return seen, link.update(state, stored, pull(seen)[0], step=0, rng=None)
+
+    w = jax.random.normal(jax.random.key(0), (4, 128))
+    stored, state = link.init({"w": w}, None)
+    cut = ({"w": place}, jax.tree.map(lambda x: place if x.ndim == 2 else jax.NamedSharding(mesh, jax.P()), state))
+    compiled = jax.jit(step, in_shardings=cut).lower(stored, state).compile()
+    assert not re.findall("all-gather|all-to-all|collective-permute", compiled.as_text())
+    seen, new = compiled(*jax.device_put((stored, state), cut))
+    np.testing.assert_array_equal(seen["w"], np.where(masks.topk_mask(abs(w), 0.5), w, 0))
+    assert new.masks["w"].sharding.is_equivalent_to(place, 2)
+    np.testing.assert_array_equal(new.masks["w"], state.masks["w"])
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"sparsity": 1.5}, r"sparsity=1.5 must lie in \[0, 1\]"),
         ({"score": "magnitud"}, "did you mean 'magnitude'"),
+        ({"score": scores.fisher}, "score='fisher' has the arguments params, second_moment"),
         ({"allocation": "erdos"}, "did you mean 'erdos_renyi'"),
         ({"pattern": "2;4"}, "2:4"),
         ({"backward": "chains"}, "did you mean 'chain'"),

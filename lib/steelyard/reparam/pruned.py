@@ -6,6 +6,7 @@ the phases.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,17 +42,33 @@ class PrunedState(NamedTuple):
     rng: Key[Array, ""] | tuple[()]
 
 
-def _with_grads(fn: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree | None, Any], PyTree | None]:
-    return lambda params, grads, rng: None if grads is None else fn(params, grads)
-
-
 _SCORES = {
-    "magnitude": lambda params, grads, rng: scores.magnitude(params),
-    "random": lambda params, grads, rng: scores.random(params, rng),
-    "saliency": _with_grads(scores.saliency),
-    "movement": _with_grads(scores.movement),
-    "fisher": _with_grads(lambda params, grads: scores.fisher(params, jax.tree.map(jnp.square, grads))),
+    "magnitude": scores.magnitude,
+    "random": scores.random,
+    "saliency": scores.saliency,
+    "movement": scores.movement,
+    "fisher": lambda params, grads: scores.fisher(params, jax.tree.map(jnp.square, grads)),
 }
+
+
+def _ranker(score: Score) -> tuple[Callable[[PyTree, PyTree | None, Any], PyTree | None], bool]:
+    """`(params, grads, rng) -> scores` from a score that may want less, and whether it wants the key."""
+    function = score if callable(score) else _SCORES[score]
+    wanted = tuple(
+        name for name, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty
+    )
+    if wanted == ("params",):
+        return lambda params, grads, rng: function(params), False
+    if wanted == ("params", "rng"):
+        return lambda params, grads, rng: function(params, rng), True
+    if wanted == ("params", "grads"):
+        return lambda params, grads, rng: None if grads is None else function(params, grads), False
+    if len(wanted) != 3:
+        raise ValueError(
+            f"score={getattr(score, '__name__', score)!r} has the arguments {', '.join(wanted) or 'none'}: it must "
+            f"have (params), (params, rng), (params, grads) or (params, grads, rng)"
+        )
+    return function, True
 
 
 def pruned(
@@ -96,9 +113,11 @@ def pruned(
     Args:
       sparsity: the fraction removed at last, in [0, 1].
       score: "magnitude", "random", "saliency", "movement", "fisher" (the latter three from the gradients of the step,
-        of the stored parameters), or `(params, grads, rng) -> tree of scores`. `params` and `grads` have `None` for
-        leaves that are not pruned; at `init` grads is `None`, and a function that needs them returns `None`, which
-        keeps everything; `rng` is the key of `init` each time, so that random masks are nested as the sparsity grows.
+        of the stored parameters); a function of `sparsity.scores` with the arguments (params), (params, rng) or
+        (params, grads); or `(params, grads, rng) -> tree of scores`. `params` and `grads` have `None` for leaves that
+        are not pruned; at `init` grads is `None`, and a function that needs them keeps everything: one of three
+        arguments by returning `None`. `rng` is the key of `init` each time, so that random masks are nested as the
+        sparsity grows.
       allocation: "uniform", "uniform_plus", "erdos_renyi", "global" (all leaves are ranked together), or a function
         `(params, sparsity) -> tree of sparsities` of the leaves without an override, called at `init` alone.
       pattern: of `sparsity.patterns`, or a text such as "2:4", "block:4x4", "channel:-1". An N:M pattern has its own
@@ -128,9 +147,8 @@ def pruned(
     """
     pattern = patterns.parse(pattern)
     _check(sparsity, score, allocation, pattern, normalize, min_kept, backward)
-    rank = score if callable(score) else _SCORES[score]
+    rank, has_key = _ranker(score)
     due = _due(every, start, end, phase)
-    has_key = callable(score) or score == "random"
     is_global, is_chain = allocation == sparsities.GLOBAL, backward == "chain"
     options = {"normalize": normalize, "min_kept": min_kept}
 
