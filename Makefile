@@ -1,4 +1,5 @@
 # make train     trains, compresses and reports the quickstart, on data that ships with scikit-learn
+# make compress  prunes the same model by eight methods, and draws what each costs and keeps
 # make test      runs the tests
 # make lint      checks style
 # make claims    measures the claims of the methods (slow); ROOM=optim for one room
@@ -12,7 +13,7 @@ CONFIG ?= configs/quickstart.py
 ROOM ?= all
 BIN := $(VENV)/bin
 
-.PHONY: train test lint claims bench clean
+.PHONY: train compress test lint claims bench clean
 .DEFAULT_GOAL := train
 
 $(BIN)/python:
@@ -26,6 +27,9 @@ $(VENV)/installed-%: setup.cfg setup.py pyproject.toml | $(BIN)/python
 
 train: $(VENV)/installed-train
 	$(BIN)/python -m experiments.train --config=$(CONFIG) $(ARGS)
+
+compress: $(VENV)/installed-train
+	$(BIN)/python -m experiments.compress --config=configs/compress_digits.py $(ARGS)
 
 test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m pytest -n auto $(ARGS)

@@ -66,7 +66,7 @@ class Program(NamedTuple):
     """The compiled functions of one variant of an experiment (dense or compressed).
 
     Attributes:
-      init: `() -> TrainState`, laid out over the mesh.
+      init: `() -> TrainState`, laid out over the mesh; or from the arguments that `compiled` was given.
       step: the jitted, donated train step.
       evaluate: `(params, model_state, batch) -> sums and counts`.
       predict: `(params, model_state, batch) -> predictions`.
@@ -74,7 +74,7 @@ class Program(NamedTuple):
       shapes: shapes and shardings of the state, for restoring.
     """
 
-    init: Callable[[], train.TrainState]
+    init: Callable[..., train.TrainState]
     step: train.Step
     evaluate: Callable[..., dict]
     predict: Callable[..., jax.Array]
@@ -106,17 +106,31 @@ def build(config: Any) -> Experiment:
         data.check(source, num_classes=getattr(model, "num_classes", None))
     return Experiment(
         settings=settings,
-        task=components.make(settings["task"], [tasks], "config.task", model, optional=_class_counts(train_data)),
+        task=_task(settings, model, train_data),
         model=model,
         train_data=train_data,
         test_data=test_data,
-        tx=optax.chain(*components.make_all(settings["optimizer"], [optim, optax], "config.optimizer")),
+        tx=optimizer(settings["optimizer"], "config.optimizer"),
         aggregator=make("aggregator", aggregate) if settings["aggregator"] else None,
         links=tuple(components.make_all(settings["reparam"], [reparam], "config.reparam")),
         mesh=mesh,
         rules=rules.preset(settings["sharding"]),
         fingerprint=data.fingerprint(train_data, seed=settings["seed"], batch=settings["batch"]),
     )
+
+
+def optimizer(specs: Any, where: str) -> optax.GradientTransformation:
+    """The chain of the components that a config names at `where`."""
+    return optax.chain(*components.make_all(specs, [optim, optax], where))
+
+
+def with_model(experiment: Experiment, model: Any) -> Experiment:
+    """The same experiment with a model of another shape."""
+    return experiment._replace(model=model, task=_task(experiment.settings, model, experiment.train_data))
+
+
+def _task(settings: Mapping[str, Any], model: Any, train_data) -> tasks.Task:
+    return components.make(settings["task"], [tasks], "config.task", model, optional=_class_counts(train_data))
 
 
 def _make(settings, key: str, module, **kwargs):
@@ -156,11 +170,26 @@ def programs(experiment: Experiment) -> dict[str, Program]:
 
 def program(experiment: Experiment, *, dense: bool) -> Program:
     """Shards and jits one variant: with `dense`, without the reparameterizations."""
-    settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     link = reparam.chain(*experiment.links) if experiment.links and not dense else reparam.identity()
-    batch_shapes = _batch_shapes(experiment)
-    init = functools.partial(_init, experiment, link, batch_shapes)
-    shapes = jax.eval_shape(init)
+    shapes = batch_shapes(experiment)
+
+    def init():
+        """The state before the first step, from the seed alone."""
+        model_rng, rng = jax.random.split(jax.random.key(experiment.settings["seed"]))
+        variables = dict(experiment.model.init(model_rng, experiment.task.inputs(_zeros(shapes)), train=False))
+        params = variables.pop("params")
+        variables.pop("intermediates", None)
+        return first_state(experiment, link, params, variables or None, rng)
+
+    return compiled(experiment, link, init)
+
+
+def compiled(
+    experiment: Experiment, link: reparam.Reparam, init: Callable[..., train.TrainState], *args: Any
+) -> Program:
+    """Shards and jits the functions of a run that starts from `init(*args)`, whose link is `link`."""
+    settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
+    shapes = jax.eval_shape(init, *args)
     shardings = sharding.state_shardings(
         shapes,
         experiment.rules,
@@ -192,30 +221,30 @@ def program(experiment: Experiment, *, dense: bool) -> Program:
     )
 
 
-def _batch_shapes(experiment: Experiment) -> PyTree:
+def batch_shapes(experiment: Experiment) -> PyTree:
     _, first = next(data.batches(experiment.train_data, batch=experiment.settings["batch"], seed=0, num_steps=1))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
 
 
-def _init(experiment: Experiment, link: reparam.Reparam, batch_shapes: PyTree) -> train.TrainState:
-    """The state before the first step, from the seed alone."""
-    rng = jax.random.key(experiment.settings["seed"])
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), batch_shapes)
-    model_rng, state_rng = jax.random.split(rng)
-    variables = dict(experiment.model.init(model_rng, experiment.task.inputs(zeros), train=False))
-    params = variables.pop("params")
-    variables.pop("intermediates", None)
-    model_state = variables or None
+def _zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def first_state(
+    experiment: Experiment, link: reparam.Reparam, params: PyTree, model_state: PyTree, rng: jax.Array
+) -> train.TrainState:
+    """The state before the first step of a run that starts with these parameters."""
     outputs = None
     if experiment.settings["mode"] == "outputs":
+        batch = _zeros(batch_shapes(experiment))
         extra = {} if model_state is None else {"model_state": model_state}
-        result = experiment.task.forward(params, zeros, rng=None, train=False, **extra)
+        result = experiment.task.forward(params, batch, rng=None, train=False, **extra)
         outputs = result if model_state is None else result[0]
     make_table = experiment.task.example_state
     return train.init_state(
         params,
         experiment.tx,
-        rng=state_rng,
+        rng=rng,
         reparam=link,
         aggregator=experiment.aggregator,
         outputs=outputs,

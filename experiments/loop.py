@@ -3,6 +3,7 @@
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -61,21 +62,12 @@ def fit(
         # Metrics are the same in every process; only those of the first are read.
         process = jax.process_index()
         writer = metrics_lib.Writer(folder / f"process_{process}" if process else folder, start_step=start)
-        stream = data.batches(
-            experiment.train_data,
-            batch=settings["batch"],
-            seed=settings["seed"],
-            start_step=start,
-            num_steps=max(steps - start, 0),
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-        )
+        stream = batches(experiment, start, steps)
         recorder = _Recorder(writer, label, steps, start, settings["log_every"])
-        rows = sharding.batch_sharding(experiment.mesh)
         # Several CPU devices share one pool of threads: collectives of many steps in flight could wait for each other.
         fake_devices = experiment.mesh.size > 1 and experiment.mesh.devices.flat[0].platform == "cpu"
         for step, batch in recorder.progress(stream):
-            state, values = program.step(state, _to_devices(batch, rows))
+            state, values = program.step(state, to_devices(experiment, batch))
             if fake_devices:
                 jax.block_until_ready(state)
             recorder.record(step, values)
@@ -123,13 +115,32 @@ def _restore_or_init(program, checkpoints, meta, label) -> train.TrainState:
     return state
 
 
-def _to_devices(batch: dict[str, np.ndarray], rows: jax.sharding.Sharding) -> dict[str, jax.Array]:
+def batches(
+    experiment: experiment_lib.Experiment, start: int, stop: int
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The training batches of the steps from `start` to before `stop`, the rows of this process."""
+    return data.batches(
+        experiment.train_data,
+        batch=experiment.settings["batch"],
+        seed=experiment.settings["seed"],
+        start_step=start,
+        num_steps=max(stop - start, 0),
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+
+
+def to_devices(experiment: experiment_lib.Experiment, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The global batch, from the rows that this process has read."""
+    rows = sharding.batch_sharding(experiment.mesh)
     return {key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()}
 
 
 def evaluate(experiment, program, state: train.TrainState, params: PyTree | None = None) -> dict[str, float]:
-    """Means over the test split, with the parameters that the model sees in evaluation mode, or with `params`."""
+    """Means over the test split, with the parameters that the model sees in evaluation mode, or with `params`.
+
+    With `params`, all that `state` has to have is the model state; so for `predictions`.
+    """
     params = train.seen_params(program.reparam.apply, state) if params is None else params
     return train.means([program.evaluate(params, state.model_state, batch) for batch in _test_batches(experiment)])
 
@@ -144,14 +155,13 @@ def predictions(experiment, program, state: train.TrainState, params: PyTree) ->
 
 
 def _test_batches(experiment):
-    rows = sharding.batch_sharding(experiment.mesh)
-    batches = data.evaluation(
+    found = data.evaluation(
         experiment.test_data,
         batch=experiment.settings["eval_batch"],
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
-    return (_to_devices(batch, rows) for batch in batches)
+    return (to_devices(experiment, batch) for batch in found)
 
 
 class _Recorder:

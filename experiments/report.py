@@ -22,6 +22,7 @@ from steelyard import tree as tree_lib
 
 PyTree = Any
 Records = list[dict[str, Any]]
+Figure = tuple[str, str, Callable[[], plt.Figure | None]]
 
 # Colours of one palette that stay apart for colour-blind readers and in grey.
 COLORS = {"dense": "#4477aa", "compressed": "#cc6677", "packed": "#117733"}
@@ -47,31 +48,63 @@ def write(
     summary: Mapping[str, Any],
 ) -> pathlib.Path:
     """Draws the pictures and writes the page; returns its path."""
-    folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
     records = {variant: metrics.read(workdir / variant / "metrics.jsonl") for variant in trained}
     program, state = trained[list(trained)[-1]]
     packed = packing.packed_params(program, state)
     rows = packing.layers(packed)
-    figures: list[tuple[str, str, Callable[[], plt.Figure | None]]] = [
+    figures: list[Figure] = [
         ("curves", "Training and test curves", lambda: curves(records, experiment.task)),
         ("tasks", "How the gradients of the tasks were combined", lambda: tasks(records, experiment.task.names)),
         ("layers", "Sparsity and bits of each layer, as packed", lambda: layers(rows)),
         ("weights", "One weight matrix, before and after", lambda: weights(trained, packed)),
         ("wrong", "Test examples that the packed model gets wrong", lambda: wrong(experiment, program, state, packed)),
     ]
+    details = {"Every parameter, as packed": _layer_table(rows), "Config": config(experiment.settings)}
+    return page(workdir, experiment.mesh, _summary_table(summary), figures, details)
+
+
+def page(
+    workdir: pathlib.Path, mesh: jax.sharding.Mesh, head: str, figures: Sequence[Figure], details: Mapping[str, str]
+) -> pathlib.Path:
+    """Saves the pictures that there are, and writes `report.html`; returns its path.
+
+    Args:
+      workdir: the folder of the run.
+      mesh: what it ran on.
+      head: HTML before the pictures.
+      figures: name of the file, title, and what draws it (or returns `None`).
+      details: title -> HTML that is folded away at the end.
+    """
+    (workdir / "report").mkdir(exist_ok=True)
     sections = []
     with plt.rc_context(STYLE):
         for name, title, draw in figures:
             figure = draw()
             if figure is None:
                 continue
-            figure.savefig(folder / f"{name}.png", dpi=110)
+            figure.savefig(workdir / "report" / f"{name}.png", dpi=110)
             plt.close(figure)
-            sections.append((title, f"report/{name}.png"))
-    page = workdir / "report.html"
-    page.write_text(_page(workdir.name, experiment, summary, rows, sections))
-    return page
+            title = html.escape(title)
+            sections.append(f'<section><h2>{title}</h2><img src="report/{name}.png" alt="{title}"></section>')
+    folded = [f"<details><summary>{html.escape(key)}</summary>{text}</details>" for key, text in details.items()]
+    device = f"{mesh.size} {mesh.devices.flat[0].device_kind}, JAX {jax.__version__}"
+    path = workdir / "report.html"
+    path.write_text(
+        _TEMPLATE.format(
+            name=html.escape(workdir.name),
+            device=html.escape(device),
+            head=head,
+            pictures="\n".join(sections),
+            details="\n".join(folded),
+        )
+    )
+    return path
+
+
+def config(settings: Mapping[str, Any]) -> str:
+    """Settings as HTML, a line each."""
+    lines = "\n".join(f"{key} = {value}" for key, value in sorted(settings.items()))
+    return f"<pre>{html.escape(lines)}</pre>"
 
 
 def curves(records: Mapping[str, Records], task) -> plt.Figure:
@@ -222,24 +255,6 @@ def _legend(axis: plt.Axes) -> None:
         axis.legend(*zip(*kept, strict=True), fontsize=8)
 
 
-def _page(name: str, experiment, summary: Mapping[str, Any], rows: Records, sections) -> str:
-    config = "\n".join(f"{key} = {value}" for key, value in sorted(experiment.settings.items()))
-    pictures = "\n".join(
-        f'<section><h2>{html.escape(title)}</h2><img src="{path}" alt="{html.escape(title)}"></section>'
-        for title, path in sections
-    )
-    return _TEMPLATE.format(
-        name=html.escape(name),
-        device=html.escape(
-            f"{experiment.mesh.size} {experiment.mesh.devices.flat[0].device_kind}, JAX {jax.__version__}"
-        ),
-        summary=_summary_table(summary),
-        pictures=pictures,
-        layers=_layer_table(rows),
-        config=html.escape(config),
-    )
-
-
 def _summary_table(summary: Mapping[str, Any]) -> str:
     measured = sorted(
         {k.removeprefix("dense_") for k in summary if k.startswith("dense_")}
@@ -292,9 +307,8 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 12px; }}
 </style></head><body>
 <h1>{name}</h1>
 <p>{device}</p>
-{summary}
+{head}
 {pictures}
-<details><summary>Every parameter, as packed</summary>{layers}</details>
-<details><summary>Config</summary><pre>{config}</pre></details>
+{details}
 </body></html>
 """

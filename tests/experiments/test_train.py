@@ -19,7 +19,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from experiments import experiment, metrics, train
+from experiments import experiment, metrics
+from experiments import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = (
@@ -240,9 +241,9 @@ def test_a_workdir_of_another_run_is_left_alone(finished):
     workdir, _ = finished
     before = files(workdir)
     settings = json.loads((workdir / "config.json").read_text())["config"]
-    train.claim_workdir(workdir, settings)  # its own config may go on
+    workdir_lib.claim(workdir, settings)  # its own config may go on
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
-        train.claim_workdir(workdir, settings | {"seed": 1})
+        workdir_lib.claim(workdir, settings | {"seed": 1})
     assert files(workdir) == before
 
 
@@ -251,13 +252,13 @@ def test_a_workdir_that_is_a_file_or_someone_elses_or_not_writable(tmp_path, mon
     file.write_text("mine")
     for path in (file, file / "below"):
         with pytest.raises(ValueError, match="is a file"):
-            train.claim_workdir(path, {})
+            workdir_lib.claim(path, {})
     assert file.read_text() == "mine"
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
-        train.claim_workdir(other, {})
+        workdir_lib.claim(other, {})
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may write anywhere
     with pytest.raises(ValueError, match="not writable"):
-        train.claim_workdir(tmp_path / "locked", {})
+        workdir_lib.claim(tmp_path / "locked", {})

@@ -79,8 +79,8 @@ def dual_gradient(
     return leaves.map_wide(lambda g, cost: g + factor * cost * g * g, grads=grads, general=general)
 
 
-# One matrix after the other under vmap: on a CPU with few threads, jaxlib's solver of a batch waits for ever for threads
-# that another batch holds.
+# One matrix after the other under vmap: on a CPU with few threads, jaxlib's solver of a batch waits for ever for
+# threads that another batch holds.
 @jax.custom_batching.sequential_vmap
 def _inverse_diagonal(matrix: Float[Array, "n n"]) -> Float[Array, "n"]:
     """Of the inverse L^-T L^-1, from the columns of L^-1: sums of squares, which cannot come out negative."""

@@ -1,0 +1,54 @@
+"""Reparameterizations that jobs train under, made from their settings."""
+
+import functools
+from collections.abc import Callable
+
+from experiments import components
+from experiments.compression import methods
+from steelyard import formats, reparam, sparsity
+from steelyard.reparam import masking
+from steelyard.sparsity import patterns
+
+
+def gradual(job: methods.Job) -> reparam.Reparam:
+    """From dense to the job's sparsity along a cubic ramp."""
+    steps, (start, end) = job.settings["retrain_steps"], job.settings["ramp"]
+    start, end = int(start * steps), int(end * steps)
+    least = job.option("min_kept") if job.settings["allocation"] == "global" else {}
+    return _checked(
+        job,
+        reparam.pruned,
+        job.sparsity,
+        schedule=sparsity.schedules.polynomial(job.sparsity, start=start, end=end),
+        start=start,
+        **({"backward": "chain", "every": max(1, (end - start) // 20)} | job.extras()),
+        **job.option("score", "allocation", "pattern", "where"),
+        **least,
+    )
+
+
+def recipe(job: methods.Job) -> reparam.Reparam:
+    """An N:M pattern that follows the weights."""
+    n, m, axis = job.pattern
+    where = job.settings["where"] or r"(.*/)?kernel"
+    options = {"total_steps": job.settings["retrain_steps"], "axis": axis} | job.extras()
+    return _checked(job, reparam.nm_sparse, n, m, recipe=job.settings["recipe"], where=where, **options)
+
+
+def _checked(job: methods.Job, function: Callable[..., reparam.Reparam], *args, **options) -> reparam.Reparam:
+    try:
+        return function(*args, **options)
+    except (ValueError, TypeError) as error:
+        raise components.ConfigError(f"config.methods.{job.method}: {error}") from error
+
+
+def stored_as_nm(link: reparam.Reparam, pattern: patterns.Pattern) -> reparam.Reparam:
+    """Masks of an N:M pattern along the contraction axis are stored as such."""
+    if not isinstance(pattern, patterns.NM) or pattern.axis != -2:
+        return link
+
+    def finish(stored, state):
+        pack = functools.partial(formats.NMSparse.from_dense, n=pattern.n, m=pattern.m)
+        return masking.map_masked(lambda w, mask: pack(w, mask=mask), stored, state.masks)
+
+    return link._replace(finish=finish)
