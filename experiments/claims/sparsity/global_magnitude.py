@@ -17,7 +17,7 @@ SCHEMES = ("global", "global, minimum", "uniform", "ERK")
 MIN_KEPT = 0.0005
 WHY = (
     "after so short a training magnitudes are still those of the initialization, smallest where the most inputs are: "
-    "the ranking leaves the second of the three layers 2.5% of its weights at 90%, and half a percent at 95%"
+    "the ranking leaves the second of the three layers 1.5% of its weights at 90%, and a fifth of a percent at 95%"
 )
 
 

@@ -20,7 +20,7 @@ HELD_OUT = 238
 GRID = {"rate": (1e-3, 3e-3)}
 WHY = (
     "a round removes 63% of the weights of a small network, after which members are led apart by the order of the "
-    "examples: with five times the steps their average is even a point worse than one of them"
+    "examples, farther than one average can serve"
 )
 
 
