@@ -2,6 +2,10 @@
 
 python -m experiments.compress --config=configs/compress_digits.py
 python -m experiments.compress --config=configs/compress_digits.py --config.checkpoint=runs/quickstart
+
+Expect 98 % test accuracy dense. With half of the weights gone the best methods lose nothing; with 80 % gone Wanda,
+Erdos-Renyi and gradual pruning lose two or three points and the same share of every layer eleven (one seed, 359 test
+images: half a point is noise). Less than four minutes on 2 CPU cores, most of it compilation.
 """
 
 from ml_collections import ConfigDict, FieldReference

@@ -1,6 +1,9 @@
 """The residual network of `configs/mnist_resnet.py` with fewer channels: smaller, faster, and trained on.
 
 python -m experiments.compress --config=configs/compress_resnet.py --config.dataset.data_dir=PATH_OF_TFDS_DATA
+
+Expect 98 % accuracy dense on the 2,000 test images, 95 % with half of the channels (a quarter of bytes and operations)
+and 77 to 93 % with a quarter of them, by method, after 60 steps of retraining; one seed.
 """
 
 from ml_collections import ConfigDict, FieldReference

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import components, loop
+from experiments import components, loop, metrics
 from experiments import experiment as experiment_lib
 from experiments import workdir as workdir_lib
 from experiments.compression import channels, cut, links, mask_files, methods
@@ -113,21 +113,21 @@ class Runner:
             experiment = self._retraining(job, weights, number)
             program = self._masked(job, experiment, weights, masks)
             before = loop.evaluate(experiment, program, program.init())
-            state = self._fit(job, experiment, program, folder, number)
+            state, after = self._fit(job, experiment, program, folder, number)
             weights = _continued(experiment, program, state, weights)
         kept = {path: np.asarray(mask) for path, mask in tree_lib.flatten(masks)}
-        return Outcome(_seen(experiment, program, state), program, state, kept, before, notes)
+        return Outcome(_seen(experiment, program, state), program, state, kept, before, after or before, notes)
 
     def _while_training(self, job: methods.Job, folder: pathlib.Path) -> Outcome:
         """A reparameterization that prunes as it trains."""
         experiment = self._retraining(job, self.dense, 0)
         link = reparam.chain(links.gradual(job) if job.kind == "gradual" else links.recipe(job), *experiment.links)
         program = self._shared(_compile(experiment, link, self.dense))
-        state = self._fit(job, experiment, program, folder, 0)
+        state, after = self._fit(job, experiment, program, folder, 0)
         weights = _seen(experiment, program, state)
         chosen = cut.select(weights.params, job.settings["where"], f"config.methods.{job.method}.where")
         masks = {path: np.asarray(w) != 0 for path, w in tree_lib.flatten(chosen)}
-        return Outcome(weights, program, state, masks, None, [])
+        return Outcome(weights, program, state, masks, None, after, [])
 
     def _channels(self, job: methods.Job, folder: pathlib.Path) -> Outcome:
         """A smaller model of the channels that stay, retrained; perhaps in rounds."""
@@ -145,10 +145,10 @@ class Runner:
             link = reparam.chain(*experiment.links) if experiment.links else reparam.identity()
             program = _compile(experiment, link, weights)
             before = loop.evaluate(experiment, program, program.init())
-            state = self._fit(job, experiment, program, folder, number)
+            state, after = self._fit(job, experiment, program, folder, number)
             weights = _continued(experiment, program, state, weights)
         masks = channels.masks(self.dense.params, places)
-        return Outcome(_seen(experiment, program, state), program, state, masks, before, notes)
+        return Outcome(_seen(experiment, program, state), program, state, masks, before, after or before, notes)
 
     # ---- retraining ----
 
@@ -179,14 +179,19 @@ class Runner:
         """With the evaluation of the dense model, which is that of every model of its shape."""
         return program._replace(evaluate=self._program.evaluate, predict=self._program.predict)
 
-    def _fit(self, job, experiment, program, folder: pathlib.Path, number: int) -> train.TrainState:
+    def _fit(
+        self, job: methods.Job, experiment, program, folder: pathlib.Path, number: int
+    ) -> tuple[train.TrainState, dict[str, float]]:
+        """The retrained state, and what it is measured to be at its last step; nothing without retraining."""
         if job.settings["retrain_steps"] == 0:
-            return program.init()
+            return program.init(), {}
         folder, label = (
             (folder / f"round_{number}", f"{job.name}, round {number}") if job.rounds > 1 else (folder, job.name)
         )
         meta = {"config": components.plain(job.settings), "fingerprint": experiment.fingerprint}
-        return loop.fit(experiment, program, folder, label=label, meta=meta, preemption=self._preemption)
+        state = loop.fit(experiment, program, folder, label=label, meta=meta, preemption=self._preemption)
+        tested = [r for r in metrics.read(folder / "metrics.jsonl") if f"test/{experiment.task.score}" in r]
+        return state, {key.removeprefix("test/"): x for key, x in tested[-1].items() if key.startswith("test/")}
 
 
 def _compile(experiment, link: reparam.Reparam, weights: Weights, *masks: PyTree) -> experiment_lib.Program:

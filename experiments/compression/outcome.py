@@ -21,7 +21,7 @@ class Outcome(NamedTuple):
       weights: the model as it is seen, its experiment that of the retraining.
       program, state: of the last retraining.
       masks: path -> which entries of the dense model's pruned leaves are left.
-      before: test metrics after the last pruning and before its retraining, or `None`.
+      before, after: test metrics after the last pruning, before its retraining (or `None`) and after it.
       notes: lines for the reader.
     """
 
@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     state: train.TrainState
     masks: dict[str, np.ndarray]
     before: dict[str, float] | None
+    after: dict[str, float]
     notes: list[str]
 
 
@@ -62,8 +63,7 @@ def measure(job: methods.Job, outcome: Outcome, dense: Weights, folder: pathlib.
 
 def _scores(outcome: Outcome, packed: Any) -> dict[str, Any]:
     """Test metrics as trained and as packed, and how often the two predict the same."""
-    experiment, seen = outcome.weights.experiment, outcome.weights.params
-    after = loop.evaluate(experiment, outcome.program, outcome.state, seen)
+    experiment, seen, after = outcome.weights.experiment, outcome.weights.params, outcome.after
     if not any(formats.is_weight(x) for x in jax.tree.leaves(packed, is_leaf=formats.is_weight)):
         return {"after": after, "packed": after, "agreement": 1.0}
     predict = functools.partial(loop.predictions, experiment, outcome.program, outcome.state)
