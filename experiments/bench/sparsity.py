@@ -14,7 +14,7 @@ PyTree = Any
 
 LIMIT = 1.10  # of a step of the transformer whose masks are refreshed every 10 steps
 _EVERY = 10
-_DUE, _BETWEEN = 0, 1  # steps at which masks are refreshed, and are not
+_DUE, _BETWEEN = 10, 11  # steps at which masks are refreshed, and are not
 
 
 class Case(NamedTuple):
@@ -65,7 +65,7 @@ def cases() -> dict[str, Case]:
         "dynamic_sparse, static": Case(lambda every: reparam.dynamic_sparse(sparsity=0.9), refreshes=False),
         "dynamic_sparse, random": dynamic("random"),
         "dynamic_sparse, gradient": dynamic("gradient"),
-        "soft_shrinkage": Case(
+        "soft_shrinkage, in every step": Case(
             lambda every: None, lambda: optax.chain(optax.adam(1e-3), optim.soft_shrinkage(0.9)), refreshes=False
         ),
     }
