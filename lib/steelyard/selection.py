@@ -1,8 +1,8 @@
 """The k largest entries of an array or of a whole tree, exactly, by bisection on counts.
 
-A sort of a sharded array gathers it. Here the k-th largest score is found digit by digit: each round counts, in one
-pass over the entries where they lie, how many reach each of a few candidates, and only the counts are summed over the
-mesh. That takes 16 rounds for 32-bit scores; ties take another ceil(log4 of the largest size), at most 16.
+A sort of a sharded array gathers it. Here the k-th largest score is found bit by bit: each round counts, in one pass
+over the entries where they lie, how many reach a candidate, and only the counts are summed over the mesh. That takes 32
+rounds for scores of 32 bits or 64; ties take at most 7 more, of several candidates each.
 
 The order is total, so that the result does not depend on how the entries are laid out: NaN counts as minus infinity,
 -0 as +0, and of equal scores the lower index wins (leaves in the order of `jax.tree.leaves`, entries row-major).
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, UInt
 PyTree = Any
 
 _LIMB = 16  # bits of a count's lower half
+_TIE_ROUNDS = 7
 
 
 class _Count(NamedTuple):
@@ -74,8 +75,9 @@ def top_mask(
     Returns:
       A tree of masks with exactly min(max(k, 0), size) entries True. No gradient flows through it.
 
-    Cost: 16 passes over 32-bit scores (8 for 16 bits), each three comparisons an entry, and 16 of fifteen over 64-bit
-    scores; where the k-th largest is tied, ceil(log4(size of the largest leaf)) more.
+    Cost: 32 passes over 32-bit scores (16 for 16 bits), each a comparison an entry, and one that counts ties; where the
+    k-th largest is tied, at most 7 more, each of 3 comparisons for leaves of up to 2^14 entries, 7 up to 2^21, 15 up to
+    2^28.
 
     Raises:
       ValueError: a leaf has 2^31 entries or more; only one of `mesh` and `specs` is given.
@@ -200,7 +202,7 @@ def _ordered(x: Num[Array, "..."]) -> UInt[Array, "..."]:
 def _largest_true(holds: Callable[[Array], Array], start: Array) -> Array:
     """The largest t for which `holds(t)`, which is monotone, and where it holds nowhere 0; `start` is zeros like t."""
     bits = 8 * start.dtype.itemsize
-    return _digits(holds, bits, 4 if bits > 32 else 2, start)
+    return _digits(holds, bits, 2 if bits > 32 else 1, start)
 
 
 def _digits(holds: Callable[[Array], Array], bits: int, width: int, start: Array) -> Array:
@@ -233,8 +235,9 @@ def _first_ties(
             return jnp.stack(below) <= jnp.stack(missing)
 
         bits = max(size, 1).bit_length()  # so that the largest number found is at least the size
+        width = -(-bits // _TIE_ROUNDS)
         start = jnp.zeros((len(missing), *missing[0].shape), jnp.uint32)
-        return list(_digits(enough, bits + bits % 2, 2, start))
+        return list(_digits(enough, -(-bits // width) * width, width, start))
 
     untied = functools.reduce(jnp.logical_and, [jnp.all(h <= m) for h, m in zip(held, missing, strict=True)])
     everything = [jnp.full(m.shape, 2**32 - 1, jnp.uint32) for m in missing]

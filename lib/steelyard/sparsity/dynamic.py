@@ -41,7 +41,7 @@ def prune_and_grow(
     Raises:
       ValueError: a concrete `drop_fraction` is outside.
 
-    Cost: two selections (`selection.top_mask`), each 16 passes over 32-bit scores; nothing is gathered.
+    Cost: two selections (`selection.top_mask`), each 32 passes over 32-bit scores; nothing is gathered.
     """
     choices.require_within("drop_fraction", drop_fraction, "[0, 1]")
     return _prune_and_grow(mask, weights_score, grow_score, drop_fraction)
