@@ -1,11 +1,25 @@
-"""Cheap stand-ins: a selection takes longer to compile than to sort small arrays in NumPy."""
+"""A model to train, and cheap stand-ins: a selection takes longer to compile than to sort small arrays in NumPy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from steelyard import selection
+
+# A perceptron of the parameters {"a": {"kernel", "bias"}, "b"}, to be trained.
+
+BATCH = {"x": jax.random.normal(jax.random.key(5), (16, 8)), "y": jnp.arange(16) % 4}
+
+
+def forward(params, batch, *, rng, train):
+    del rng, train
+    return jax.nn.relu(batch["x"] @ params["a"]["kernel"] + params["a"]["bias"]) @ params["b"]
+
+
+def losses(logits, batch):
+    return {"loss": optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])}
 
 
 def best(scores, kept):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from steelyard import formats, optim, reparam, train
-from tests.reparam.conftest import best
+from tests.reparam.conftest import BATCH, best, forward, losses
 
 in_python = pytest.mark.usefixtures("no_jit", "selection_by_sorting")
 PARAMS = {
@@ -140,21 +140,12 @@ def test_rigl_in_the_train_step():
     # The step after which the mask moves leaves the weights alone.
     tx = optax.conditionally_mask(optim.sparse(optax.adam(0.1)), lambda step: step % 2 != 0)
     state = train.init_state(PARAMS, tx, rng=jax.random.key(0), reparam=link)
-    batch = {"x": jax.random.normal(jax.random.key(5), (16, 8)), "y": jnp.arange(16) % 4}
-
-    def forward(params, batch, *, rng, train):
-        del rng, train
-        return jax.nn.relu(batch["x"] @ params["a"]["kernel"] + params["a"]["bias"]) @ params["b"]
-
-    def losses(logits, batch):
-        return {"loss": optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])}
-
     step = jax.jit(train.make_step(forward, losses, tx, reparam=link))
-    dense = jax.jit(jax.grad(lambda p: jnp.mean(losses(forward(p, batch, rng=None, train=True), batch)["loss"])))
+    dense = jax.jit(jax.grad(lambda p: jnp.mean(losses(forward(p, BATCH, rng=None, train=True), BATCH)["loss"])))
     for t in range(6):
         old = state
         g = np.abs(np.asarray(dense(state.params)["b"]))  # stored entries outside of the mask are zero
-        state, _ = step(state, batch)
+        state, _ = step(state, BATCH)
         before, after = np.asarray(old.reparam_state.masks["b"]), np.asarray(state.reparam_state.masks["b"])
         assert after.sum() == 12
         np.testing.assert_array_equal(np.asarray(state.params["b"])[~before], 0)

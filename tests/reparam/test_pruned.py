@@ -11,7 +11,7 @@ import pytest
 
 from steelyard import formats, optim, reparam, train
 from steelyard.sparsity import masks, schedules, scores
-from tests.reparam.conftest import best
+from tests.reparam.conftest import BATCH, best, forward, losses
 
 # `test_trains_sparse` compiles what the other tests run in Python.
 in_python = pytest.mark.usefixtures("no_jit", "selection_by_sorting")
@@ -232,19 +232,10 @@ def test_trains_sparse():
     link = reparam.pruned(0.75, schedule=schedule, every=2, backward="chain")
     tx = optim.sparse(optax.adam(0.1))
     state = train.init_state(PARAMS, tx, rng=jax.random.key(0), reparam=link)
-    batch = {"x": jax.random.normal(jax.random.key(5), (16, 8)), "y": jnp.arange(16) % 4}
-
-    def forward(params, batch, *, rng, train):
-        del rng, train
-        return jax.nn.relu(batch["x"] @ params["a"]["kernel"] + params["a"]["bias"]) @ params["b"]
-
-    def losses(logits, batch):
-        return {"loss": optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])}
-
     step = jax.jit(train.make_step(forward, losses, tx, reparam=link))
     for t in range(7):
         used = state.reparam_state.masks
-        state, _ = step(state, batch)
+        state, _ = step(state, BATCH)
         assert used["b"].sum() == round(24 * (1 - 0.75 * min({0: 0, 1: 1, 2: 1, 3: 3, 4: 3}.get(t, 5), 4) / 4))
         moments = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))
         for tree in (state.params, *moments):
