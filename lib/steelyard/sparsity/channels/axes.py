@@ -77,13 +77,27 @@ def _while(atoms, eqn, arrays):
 
 def _scan(atoms, eqn, arrays):
     reason = f"{eqn.primitive.name}: steps along the axis"
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    num_consts, num_carry = _scan_counts(eqn)
     carry, stacked = arrays[num_consts : num_consts + num_carry], arrays[num_consts + num_carry :]
     for axes in stacked:
         atoms.block(axes[0], reason)
     results = _enter(atoms, eqn.params["jaxpr"], [*arrays[:num_consts], *carry, *(axes[1:] for axes in stacked)])
     _unite_all(atoms, eqn.primitive.name, carry, results[:num_carry])
     return [*carry, *((atoms.axis(eqn.params["length"], reason), *axes) for axes in results[num_carry:])]
+
+
+def _scan_counts(eqn) -> tuple[int, int]:
+    """How many operands are constants, and how many are carried: versions of JAX keep that in different forms.
+
+    What is stacked has an axis less inside of the loop.
+    """
+    body = eqn.params["jaxpr"].jaxpr if hasattr(eqn.params["jaxpr"], "jaxpr") else eqn.params["jaxpr"]
+
+    def stacked(outer, inner):
+        return sum(np.ndim(a.aval) > np.ndim(b.aval) for a, b in zip(outer, inner, strict=True))
+
+    num_carry = len(eqn.outvars) - stacked(eqn.outvars, body.outvars)
+    return len(eqn.invars) - stacked(eqn.invars, body.invars) - num_carry, num_carry
 
 
 _CALLS = """
