@@ -31,6 +31,12 @@ def test_all_borrowed_rooms_together_pull_in_no_framework():
     assert not modules_after(f"import {rooms}, steelyard_kernels.quant_matmul") & set(HEAVY)
 
 
+def test_borrowing_waits_with_the_solvers_of_scipy():
+    rooms = ", ".join(f"steelyard.{room}" for room in BORROWED)
+    code = f"import sys, {rooms}; sys.exit('scipy.optimize' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_steelyard_is_lazy():
     assert "jax" not in modules_after("import steelyard")
     assert "jax" in modules_after("import steelyard; steelyard.optim.adamp")

@@ -80,7 +80,7 @@ def score(spec: Any, chosen: PyTree, calibration: Calibration, where: str) -> Py
         "inputs": lambda: jnp.ones_like(calibration.weights.experiment.task.inputs(next(calibration.stream()))[:1]),
     }
     scores = components.make(spec, [scores_lib], where, *(known[name]() for name in required))
-    return jax.tree.map(lambda w, s: None if w is None else s, chosen, scores, is_leaf=lambda x: x is None)
+    return jax.tree.map(lambda w, s: None if w is None else s, chosen, scores, is_leaf=tree_lib.is_none)
 
 
 def check_score(spec: Any, weights: Weights, leaves: str | None, where: str) -> None:
@@ -179,7 +179,7 @@ def _allocate(spec, scores: PyTree, target: float, calibration: Calibration, lea
         shares = AMOUNTS[components.make(spec, [allocation_lib], where, measured, AMOUNTS, sizes, target)]
     else:
         probed = jax.jit(lambda p: scores_lib.zeroth_order(calibration.loss_fn, p, calibration.rng))(params)
-        chosen = zip(*(jax.tree.leaves(t, is_leaf=lambda x: x is None) for t in (scores, probed)), strict=True)
+        chosen = zip(*(jax.tree.leaves(t, is_leaf=tree_lib.is_none) for t in (scores, probed)), strict=True)
         layers = np.array([layer for s, layer in chosen if s is not None], np.float64)
         shares = components.make(spec, [allocation_lib], where, layers, sizes, target)
     return jax.tree.unflatten(jax.tree.structure(scores), [float(share) for share in shares])

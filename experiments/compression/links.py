@@ -1,12 +1,11 @@
 """Reparameterizations that jobs train under, made from their settings."""
 
-import functools
 from collections.abc import Callable
 
 from experiments import components
 from experiments.compression import methods
-from steelyard import formats, reparam, sparsity
-from steelyard.reparam import masking
+from steelyard import reparam, sparsity
+from steelyard.reparam import sparsities
 from steelyard.sparsity import patterns
 
 
@@ -43,12 +42,5 @@ def _checked(job: methods.Job, function: Callable[..., reparam.Reparam], *args, 
 
 
 def stored_as_nm(link: reparam.Reparam, pattern: patterns.Pattern) -> reparam.Reparam:
-    """Masks of an N:M pattern along the contraction axis are stored as such."""
-    if not isinstance(pattern, patterns.NM) or pattern.axis != -2:
-        return link
-
-    def finish(stored, state):
-        pack = functools.partial(formats.NMSparse.from_dense, n=pattern.n, m=pattern.m)
-        return masking.map_masked(lambda w, mask: pack(w, mask=mask), stored, state.masks)
-
-    return link._replace(finish=finish)
+    """Fixed masks of an N:M pattern along the contraction axis are stored as such."""
+    return link._replace(finish=lambda stored, state: sparsities.store(stored, state.masks, pattern))

@@ -32,6 +32,15 @@ def path_str(key_path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(key_path[:-1] if is_box else key_path, simple=True, separator="/")
 
 
+def is_none(x: Any) -> bool:
+    """For `is_leaf=`, where a `None` stands for something, such as a leaf without a mask.
+
+    >>> jax.tree.map(lambda x: 0 if x is None else x, [1, None], is_leaf=is_none)
+    [1, 0]
+    """
+    return x is None
+
+
 def flatten(tree: PyTree, *, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
     """Pairs of path and leaf, in the order of `jax.tree.leaves`.
 

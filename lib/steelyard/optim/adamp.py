@@ -127,7 +127,7 @@ def tangent_projection(
                 return u if _is_zero(weight_decay) else (u + weight_decay * p).astype(u.dtype)
             return _projected(compute, operands, g, p, view, weight_decay, delta, wd_ratio, eps)
 
-        return jax.tree_util.tree_map_with_path(project, updates, params, *trees, is_leaf=_is_none), state
+        return jax.tree_util.tree_map_with_path(project, updates, params, *trees, is_leaf=tree_lib.is_none), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -423,10 +423,6 @@ def _radial_coefficient(pp, pu, level, view: _View, eps) -> Float[Array, "..."]:
 
 def _identity(x):
     return x
-
-
-def _is_none(x) -> bool:
-    return x is None
 
 
 def _is_zero(x) -> bool:

@@ -165,7 +165,7 @@ def _both(a: PyTree | None, b: PyTree | None) -> PyTree | None:
     def leaf(x, y):
         return (x & y) if x is not None and y is not None else (y if x is None else x)
 
-    return jax.tree.map(leaf, a, b, is_leaf=lambda x: x is None)
+    return jax.tree.map(leaf, a, b, is_leaf=tree_lib.is_none)
 
 
 class Split(NamedTuple):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from steelyard import choices
 from steelyard import tree as tree_lib
-from steelyard.reparam import base, masking
+from steelyard.reparam import base, masking, sparsities
 from steelyard.sparsity import masks as masks_lib
+from steelyard.sparsity import patterns
 
 PyTree = Any
 
@@ -47,7 +48,7 @@ def masked(
         return masks_lib.apply(stored, state.masks)
 
     def finish(stored, state):
-        return masking.map_masked(_store, stored, state.masks)
+        return sparsities.store(stored, state.masks, patterns.Unstructured())
 
     def current(stored, state, *, step):
         del stored, step
@@ -56,18 +57,9 @@ def masked(
     return base.Reparam(init, apply, None, project if is_chain else None, finish, current)
 
 
-def _store(w, mask):
-    masking.check_array("a masked leaf", w)
-    return masks_lib.apply(w, mask)
-
-
 def _checked_masks(params: PyTree, masks: PyTree) -> PyTree:
     """The masks as bool arrays, if they fit the parameters."""
-
-    def is_none(x):
-        return x is None
-
-    expected, given = tree_lib.paths(params, is_leaf=is_none), tree_lib.paths(masks, is_leaf=is_none)
+    expected, given = tree_lib.paths(params, is_leaf=tree_lib.is_none), tree_lib.paths(masks, is_leaf=tree_lib.is_none)
     if expected != given:
         odd = sorted(set(expected) ^ set(given))
         raise ValueError(
@@ -81,4 +73,4 @@ def _checked_masks(params: PyTree, masks: PyTree) -> PyTree:
             raise ValueError(f"masks: {path} has shape {jnp.shape(mask)}, but its parameter {jnp.shape(w)}")
         return jnp.asarray(mask, bool)
 
-    return tree_lib.map_with_path(leaf, params, masks, is_leaf=is_none)
+    return tree_lib.map_with_path(leaf, params, masks, is_leaf=tree_lib.is_none)

@@ -88,7 +88,7 @@ def pick(
     masks = masks_lib.masks(scores, sparsities, pattern)
     if whole is None:
         return masks
-    shared = jax.tree.map(lambda own, x: x if own is None else None, sparsities, scores, is_leaf=_is_none)
+    shared = jax.tree.map(lambda own, x: x if own is None else None, sparsities, scores, is_leaf=tree_lib.is_none)
     return tree_lib.combine(masks, masks_lib.global_masks(shared, whole, **options))
 
 
@@ -114,8 +114,4 @@ def store(stored: PyTree, masks: PyTree, pattern: patterns.Pattern) -> PyTree:
 
 def restrict(tree: PyTree, masks: PyTree) -> PyTree:
     """The leaves of the tree that have a mask, `None` in place of the others."""
-    return jax.tree.map(lambda x, mask: None if mask is None else x, tree, masks, is_leaf=_is_none)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
+    return jax.tree.map(lambda x, mask: None if mask is None else x, tree, masks, is_leaf=tree_lib.is_none)

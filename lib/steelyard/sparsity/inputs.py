@@ -62,7 +62,7 @@ def windows_of(params: PyTree, windows: Mapping[str, moments.Window] | None) -> 
     table = {}
     for pattern, window in (windows or {}).items():
         # Kernels without statistics count, too, so that one set of windows serves any part of a model.
-        paths = selected_paths(tree_lib.select(params, pattern, name="windows", is_leaf=lambda x: x is None))
+        paths = selected_paths(tree_lib.select(params, pattern, name="windows", is_leaf=tree_lib.is_none))
         table |= {path: moments.Window(*window) for path in paths if path not in table}
     return table
 

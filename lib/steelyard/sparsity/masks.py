@@ -204,7 +204,7 @@ def masks(scores: PyTree, sparsities: PyTree, pattern: str | patterns.Pattern = 
     def leaf(x, sparsity):
         return None if x is None or sparsity is None else mask(x, sparsity, pattern)
 
-    return jax.tree.map(leaf, scores, sparsities, is_leaf=lambda x: x is None)
+    return jax.tree.map(leaf, scores, sparsities, is_leaf=tree_lib.is_none)
 
 
 def global_masks(
@@ -338,7 +338,7 @@ def apply(params: PyTree, masks: PyTree) -> PyTree:
       params: a tree of arrays.
       masks: a tree of the same structure of masks or `None`.
     """
-    return jax.tree.map(_apply_leaf, params, masks, is_leaf=lambda x: x is None)
+    return jax.tree.map(_apply_leaf, params, masks, is_leaf=tree_lib.is_none)
 
 
 def summarize(params: PyTree) -> dict[str, float | int]:

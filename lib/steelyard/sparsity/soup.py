@@ -70,7 +70,7 @@ def sparse_average(
     if not params_list:
         raise ValueError("params_list is empty: at least one member is needed")
     weights = _checked_weights(weights, len(params_list))
-    tree_lib.map_with_path(_check_leaf, masks, *params_list, is_leaf=_is_none)
+    tree_lib.map_with_path(_check_leaf, masks, *params_list, is_leaf=tree_lib.is_none)
 
     def leaf(first, *rest):
         if not jnp.issubdtype(jnp.result_type(first), jnp.inexact):
@@ -177,7 +177,3 @@ def _check_leaf(path: str, mask: Any, *leaves: Any) -> None:
         outside = jnp.any((leaf != 0) & ~mask)
         if not isinstance(outside, jax.core.Tracer) and outside:
             raise ValueError(f"{path} of member {i} is not zero outside masks: members must share them")
-
-
-def _is_none(x: Any) -> bool:
-    return x is None

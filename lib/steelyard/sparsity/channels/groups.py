@@ -208,7 +208,7 @@ def _take(leaf: Any, entries: Int[np.ndarray, " entries"], axis: int) -> Any:
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
-    return dict(tree_lib.flatten(tree, is_leaf=lambda x: x is None))
+    return dict(tree_lib.flatten(tree, is_leaf=tree_lib.is_none))
 
 
 def members(group: ChannelGroup, under: str) -> Iterator[Member]:

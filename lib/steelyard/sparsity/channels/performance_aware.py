@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from jaxtyping import Array, Bool, Float, Int
 
 from steelyard import choices, precision, selection
@@ -59,6 +58,8 @@ def drop_schedule(initial_drop: float, layers: int, total_drop: float) -> float:
 
     Source: Performance-aware Approximation of Global Channel Pruning for Multitask CNNs (2023, Ye et al.).
     """
+    from scipy import optimize
+
     choices.require_within("initial_drop", initial_drop, "(0, inf)")
     layers = choices.require_count("layers", layers, "[1, inf)")
     choices.require_within("total_drop", total_drop, "(1, inf)")
@@ -75,7 +76,7 @@ def drop_schedule(initial_drop: float, layers: int, total_drop: float) -> float:
     # on either side is for rounding.
     low = min(0.0, math.log((total - math.log1p(initial_drop)) / ((layers - 1) * initial_drop)))
     high = math.log(total_drop - 1) - first
-    return math.exp(scipy.optimize.brentq(excess, low - 1, high + 1, xtol=1e-14))
+    return math.exp(optimize.brentq(excess, low - 1, high + 1, xtol=1e-14))
 
 
 def performance_aware(

@@ -158,7 +158,9 @@ def accept(fn_before: Num[Array, "..."], fn_now: Num[Array, "..."], tolerance: f
 
 def everything(params: PyTree, chosen: PyTree) -> PyTree:
     """Masks that keep all of the chosen leaves; `None` for the others."""
-    return jax.tree.map(lambda keep, w: jnp.ones_like(w, bool) if keep else None, chosen, params, is_leaf=_is_none)
+    return jax.tree.map(
+        lambda keep, w: jnp.ones_like(w, bool) if keep else None, chosen, params, is_leaf=tree_lib.is_none
+    )
 
 
 @jax.jit
@@ -170,7 +172,7 @@ def best_scored(score_tree: PyTree, masks: PyTree, kept: list[int] | int) -> PyT
     """
     _check_shapes("score", score_tree, masks)
     candidates = jax.tree.map(
-        lambda mask, x: None if mask is None else selection.among(x, mask), masks, score_tree, is_leaf=_is_none
+        lambda mask, x: None if mask is None else selection.among(x, mask), masks, score_tree, is_leaf=tree_lib.is_none
     )
     if not isinstance(kept, list):
         return selection.top_mask(candidates, kept)
@@ -209,8 +211,4 @@ def _check_shapes(name: str, values: PyTree, masks: PyTree) -> None:
         if mask is not None and jnp.shape(x) != jnp.shape(mask):
             raise ValueError(f"{name}: {path} has shape {jnp.shape(x)}, but its mask {jnp.shape(mask)}")
 
-    tree_lib.map_with_path(check, masks, values, is_leaf=_is_none)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
+    tree_lib.map_with_path(check, masks, values, is_leaf=tree_lib.is_none)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from steelyard import precision
+from steelyard import tree as tree_lib
 from steelyard.sparsity.scores import leaves
 
 PyTree = Any
@@ -147,7 +148,7 @@ def prefer(scores: PyTree, masks: PyTree) -> PyTree:
             raise ValueError(f"scores of shape {jnp.shape(score)} have a mask of shape {jnp.shape(mask)}")
         return jnp.where(mask, _above(largest, jnp.result_type(score)), score)
 
-    return jax.tree.map(leaf, scores, masks, is_leaf=lambda x: x is None)
+    return jax.tree.map(leaf, scores, masks, is_leaf=tree_lib.is_none)
 
 
 def _largest(score: Float[Array, "..."]) -> Float[Array, ""]:
