@@ -80,17 +80,17 @@ def _is_group(x: Any) -> bool:
     return isinstance(x, Group)
 
 
-def shrink(job: methods.Job, weights: Weights, places: PyTree, where: str) -> Cut:
+def shrink(job: methods.Job, calibration: Calibration, places: PyTree, where: str) -> Cut:
     """One round.
 
     Args:
       job: its sparsity is the share of each group's channels that is gone after all rounds.
-      weights: what is left of the dense model.
+      calibration: of what is left of the dense model.
       places: of these weights in the dense model, see `places`.
       where: the method's place in the config.
     """
-    found, settings = groups(job, weights, where), job.settings
-    calibration = Calibration(weights, settings["calibration_batches"])
+    weights, settings = calibration.weights, job.settings
+    found = groups(job, weights, where)
     members = set(_members(found))
     params = tree_lib.map_with_path(lambda path, w: w if path in members and w.ndim >= 2 else None, weights.params)
     elementwise = jax.tree.map(jnp.abs, cut.score(settings["score"], params, calibration, f"{where}.score"))

@@ -27,19 +27,26 @@ AMOUNTS = np.linspace(0, 1, 21)  # at which distortions are measured, for the al
 WHOLE = ("global", "output")  # who competes, where that is not a leaf
 
 
-def masks_for(job: methods.Job, weights: Weights, target: float, before: PyTree | None) -> tuple[PyTree, list[str]]:
+def masks_for(
+    job: methods.Job, calibration: Calibration, target: float, before: PyTree | None
+) -> tuple[PyTree, list[str]]:
     """The masks of a pruning to the sparsity `target`, within the masks `before` of the pruning before it.
+
+    Args:
+      job: what is asked for.
+      calibration: of the weights to prune.
+      target: the share that is gone afterwards.
+      before: masks, or `None`.
 
     Returns:
       Masks, `None` for a leaf that is not pruned; and what the reader should know: which layers are down to the
       minimum that is kept.
     """
-    settings, pattern = job.settings, job.pattern
+    settings, pattern, params = job.settings, job.pattern, calibration.params
     where = f"config.methods.{job.method}"
     if settings["masks"] is not None:
-        return mask_files.read(pathlib.Path(settings["masks"]), weights.params, pattern, where), []
-    calibration = Calibration(weights, settings["calibration_batches"])
-    chosen = select(weights.params, settings["where"], f"{where}.where")
+        return mask_files.read(pathlib.Path(settings["masks"]), params, pattern, where), []
+    chosen = select(params, settings["where"], f"{where}.where")
     scores = score(settings["score"], chosen, calibration, f"{where}.score")
     if before is not None:  # what is gone stays so, whatever its score
         scores = jax.tree.map(lambda s, mask: jnp.where(mask, s, -jnp.inf), scores, before)

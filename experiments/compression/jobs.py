@@ -15,7 +15,7 @@ from experiments import components, loop, metrics
 from experiments import experiment as experiment_lib
 from experiments import workdir as workdir_lib
 from experiments.compression import channels, cut, links, mask_files, methods
-from experiments.compression.calibration import Weights
+from experiments.compression.calibration import Calibration, Weights
 from experiments.compression.outcome import Outcome, measure
 from steelyard import data, reparam, train
 from steelyard import tree as tree_lib
@@ -67,7 +67,8 @@ def claim(jobs: pathlib.Path, job: methods.Job) -> pathlib.Path:
 
 
 class Runner:
-    """Runs jobs on one dense model. Programs that differ in their masks alone are compiled once.
+    """Runs jobs on one dense model, on which scores are measured once. Programs that differ in their masks alone are
+    compiled once.
 
     Args:
       dense: the trained model.
@@ -84,6 +85,7 @@ class Runner:
         self._folder = folder
         self._preemption = preemption
         self._compiled: dict[str, experiment_lib.Program] = {}
+        self._calibrations: dict[int, Calibration] = {}
         self._described: set[str] = set()
 
     def run(self, job: methods.Job) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Runner:
         weights, masks, notes = self.dense, None, []
         for number in range(job.rounds):
             target = 1 - (1 - job.sparsity) ** ((number + 1) / job.rounds)
-            masks, notes = cut.masks_for(job, weights, target, masks)
+            masks, notes = cut.masks_for(job, self._calibration(job, weights), target, masks)
             experiment = self._retraining(job, weights, number)
             program = self._masked(job, experiment, weights, masks)
             before = loop.evaluate(experiment, program, program.init())
@@ -134,7 +136,7 @@ class Runner:
         weights, notes = self.dense, []
         places = channels.places(weights.params)
         for number in range(job.rounds):
-            cut_out = channels.shrink(job, weights, places, f"config.methods.{job.method}")
+            cut_out = channels.shrink(job, self._calibration(job, weights), places, f"config.methods.{job.method}")
             weights, places, notes = cut_out.weights, cut_out.places, cut_out.notes
             text = channels_lib.describe(cut_out.kept)
             if number == 0 and text not in self._described:
@@ -149,6 +151,13 @@ class Runner:
             weights = _continued(experiment, program, state, weights)
         masks = channels.masks(self.dense.params, places)
         return Outcome(_seen(experiment, program, state), program, state, masks, before, after or before, notes)
+
+    def _calibration(self, job: methods.Job, weights: Weights) -> Calibration:
+        """What scores need to know of the weights; of the dense ones it is measured for all jobs."""
+        count = job.settings["calibration_batches"]
+        if weights is not self.dense:
+            return Calibration(weights, count)
+        return self._calibrations.setdefault(count, Calibration(weights, count))
 
     # ---- retraining ----
 

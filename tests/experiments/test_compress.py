@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from experiments import compress, loop
 from experiments import experiment as experiment_lib
 from experiments.compression import costs, cut, mask_files, methods, results
-from experiments.compression.calibration import Weights
+from experiments.compression.calibration import Calibration, Weights
 from steelyard import models
 from steelyard import tree as tree_lib
 from steelyard.sparsity import masks as masks_lib
@@ -247,13 +247,13 @@ def job(settings, sparsity=0.5):
 
 @pytest.mark.parametrize("score", ["fisher", "wanda", "synflow", {"name": "snip", "normalize": False}], ids=str)
 def test_any_score_gives_masks_of_the_sparsity(score, untrained):
-    masks, _ = cut.masks_for(job({"score": score}), untrained, 0.5, None)
+    masks, _ = cut.masks_for(job({"score": score}), Calibration(untrained, 1), 0.5, None)
     assert {path: int(mask.sum()) for path, mask in tree_lib.flatten(masks)} == {p: n // 2 for p, n in SIZES.items()}
 
 
 @pytest.mark.parametrize("allocation", ["lamp", "rate_distortion", "coarse_to_fine", "output"])
 def test_any_allocation_spends_the_budget(allocation, untrained):
-    masks, _ = cut.masks_for(job({"allocation": allocation}), untrained, 0.5, None)
+    masks, _ = cut.masks_for(job({"allocation": allocation}), Calibration(untrained, 1), 0.5, None)
     kept = sum(int(mask.sum()) for mask in jax.tree.leaves(masks))
     # Distortions are measured at twentieths of a layer, and never over the budget.
     slack = 0.05 if allocation == "rate_distortion" else 0.001
@@ -261,9 +261,9 @@ def test_any_allocation_spends_the_budget(allocation, untrained):
 
 
 def test_masks_of_rounds_are_nested_whatever_the_score(untrained):
-    first, _ = cut.masks_for(job({}), untrained, 0.5, None)
+    first, _ = cut.masks_for(job({}), Calibration(untrained, 1), 0.5, None)
     other = jax.tree.map(lambda w: w[::-1], untrained.params)  # what was removed may score high now
-    second, _ = cut.masks_for(job({}), untrained._replace(params=other), 0.8, first)
+    second, _ = cut.masks_for(job({}), Calibration(untrained._replace(params=other), 1), 0.8, first)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert not np.any(np.asarray(b) & ~np.asarray(a))
     assert masks_lib.summarize(second)["total"] == pytest.approx(0.8, abs=1e-3)
@@ -274,18 +274,18 @@ def test_nan_counts_as_the_smallest_and_is_reported(untrained, capsys):
     params["dense_0"]["kernel"] = params["dense_0"]["kernel"].at[3, :5].set(jnp.nan)
     compress._report_nan(params)
     assert "5 of 2048 weights of dense_0/kernel are NaN" in capsys.readouterr().err
-    masks, _ = cut.masks_for(job({}), untrained._replace(params=params), 0.5, None)
+    masks, _ = cut.masks_for(job({}), Calibration(untrained._replace(params=params), 1), 0.5, None)
     assert not np.any(masks["dense_0"]["kernel"][3, :5])
     assert int(masks["dense_0"]["kernel"].sum()) == SIZES["dense_0/kernel"] // 2
 
 
 def test_a_layer_that_would_be_pruned_away_keeps_the_minimum_and_is_named(untrained):
-    masks, notes = cut.masks_for(job({"min_kept": 7}, sparsity=1.0), untrained, 1.0, None)
+    masks, notes = cut.masks_for(job({"min_kept": 7}, sparsity=1.0), Calibration(untrained, 1), 1.0, None)
     assert {int(mask.sum()) for mask in jax.tree.leaves(masks)} == {7}
     assert notes[0] == "dense_0/kernel is down to the minimum: 7 of 2048 weights are kept"
     tiny = untrained._replace(params=jax.tree.map(lambda w: w, untrained.params))
     tiny.params["dense_1"]["kernel"] = 1e-6 * tiny.params["dense_1"]["kernel"]
-    masks, notes = cut.masks_for(job({"allocation": "global", "min_kept": 3}), tiny, 0.9, None)
+    masks, notes = cut.masks_for(job({"allocation": "global", "min_kept": 3}), Calibration(tiny, 1), 0.9, None)
     assert int(masks["dense_1"]["kernel"].sum()) == 3
     assert [note.split()[0] for note in notes] == ["dense_1/kernel"]
 
